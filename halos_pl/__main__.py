@@ -1,0 +1,52 @@
+"""`python -m halos_pl`: answers help and version at once, and loads the heavy parts only for a real command."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+from halos_pl import __version__
+
+COMMANDS = ("fit", "validate", "test", "predict")
+HELP = f"""\
+halos-pl {__version__}: align language models with human-aware losses.
+
+usage: python -m halos_pl COMMAND [--config FILE ...] [--KEY VALUE ...]
+
+commands:
+  fit        train a policy and export it to runs/NAME/policy
+  validate   the held-out metrics of a policy
+  test       the same on the test rows
+  predict    score every test row and write runs/NAME/predictions.jsonl
+
+examples:
+  python -m halos_pl fit --config kto.yaml --model.policy MODEL --data.train feedback.jsonl
+  python -m halos_pl fit --config dpo.yaml --model.policy MODEL --data.train pairs.jsonl --model.objective.beta 0.3
+  python -m halos_pl fit --config kto.yaml --print_config
+
+`python -m halos_pl COMMAND --help` lists every key. A bare config name that is not a file here is looked up among the
+configurations that ship with the package; several --config are merged, later ones and the command line win.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (2 for a mistake of the caller's)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] in ("--version", "-V"):
+        print(f"halos-pl {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"halos_pl: error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    from halos_pl.cli import run
+
+    return run(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

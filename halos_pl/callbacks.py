@@ -1,0 +1,170 @@
+"""What a run leaves: a progress bar that shows the objective at work, the exported policy, and a closing table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from halos_pl.data import AlignmentData
+from halos_pl.model_card import model_card
+from halos_pl.models import ModelError, export_policy
+from halos_pl.module import AlignmentModule
+
+Metrics = dict[str, float]
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar with loss, KL and reward margin of the last logged step."""
+
+    shown = ("loss", "kl", "rewards/margin", "tokens_per_second")
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        logged = trainer.callback_metrics
+        return {
+            name.removeprefix("rewards/").replace("tokens_per_second", "tok/s"): f"{float(logged[key]):.4g}"
+            for name in self.shown
+            if (key := f"train/{name}") in logged
+        }
+
+
+class RunReport(L.Callback):
+    """Measures the held-out rows before and after, exports the policy, and says where everything lies.
+
+    Args:
+        folder: of the run; the policy goes to `policy/` below it.
+        console: where the closing table goes.
+    """
+
+    def __init__(self, folder: Path, console: Console | None = None) -> None:
+        self.folder = folder
+        self.console = console or Console(highlight=False)
+        self.before: Metrics = {}
+        self.after: Metrics = {}
+        self.measured_at: int | None = None  # global step of the last validation
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The sanity check runs over all held-out rows (`num_sanity_val_steps: -1`): that is the state before."""
+        if trainer.num_sanity_val_batches != trainer.num_val_batches:
+            return
+        self.before = _held_out(trainer)
+        for logger in trainer.loggers:
+            logger.log_metrics(self.before, step=0)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, AlignmentModule)
+        self._print(describe(pl_module))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.measured_at = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where training ended between two validations, measure what is exported."""
+        if trainer.enable_validation and self.measured_at != trainer.global_step:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        self.after = _held_out(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict["before"]
+
+    @rank_zero_only
+    def _print(self, text: str) -> None:
+        self.console.print(text)
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        assert isinstance(pl_module, AlignmentModule)
+        assert isinstance(data, AlignmentData)
+        assert pl_module.policy is not None
+        assert data.encoder is not None
+        card = model_card(pl_module, data, self.before, self.after, steps=trainer.global_step)
+        export_policy(pl_module.policy.lm, data.encoder.tokenizer, self.folder / "policy", card)
+        self.console.print(self.table())
+        self.console.print(f"policy       {self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)")
+        self.console.print(f"checkpoints  {self.folder / 'checkpoints'}")
+        self.console.print(f"curves       tensorboard --logdir {self.folder}   ({self.folder / 'csv' / 'metrics.csv'})")
+        self.console.print(f"settings     {self.folder / 'config.yaml'}")
+
+    def table(self) -> Table:
+        table = Table(title="held-out rows", title_justify="left")
+        table.add_column("metric")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        for name, value in self.after.items():
+            old = self.before.get(name)
+            table.add_row(name.removeprefix("val/"), "" if old is None else f"{old:.4g}", f"{value:.4g}")
+        if not self.after:
+            table.add_row("no held-out rows: give --data.validation", "", "")
+        return table
+
+
+class PredictionFile(BasePredictionWriter):
+    """`predict` writes one JSON line a completion: where it came from and its scores, in the order of the data."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict" and trainer.world_size > 1:
+            raise ModelError("predict writes one file in the order of the data: run it with --trainer.devices 1")
+
+    def write_on_epoch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, batch_indices: Any
+    ) -> None:
+        data = getattr(trainer, "datamodule", None)
+        assert isinstance(data, AlignmentData)
+        rows = iter(data.datasets["test"].rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", encoding="utf-8") as file:
+            for scores in predictions:
+                for record in _by_example(scores, next(iter(scores.values())).shape[0], rows):
+                    file.write(json.dumps(record) + "\n")
+        Console(highlight=False).print(f"predictions  {self.path}")
+
+
+def _by_example(scores: dict[str, Tensor], count: int, rows: Any) -> list[dict[str, Any]]:
+    """Undo the layout of a batch: row b of a pair batch is chosen, row B + b rejected."""
+    first = next(rows)
+    examples = [first, *(next(rows) for _ in range(count // len(first) - 1))]
+    records = []
+    for b, members in enumerate(examples):
+        for m, example in enumerate(members):
+            place = m * len(examples) + b
+            records.append(
+                {"file": example.origin.file, "row": example.origin.row, "desirable": example.desirable}
+                | {name: value[place].item() for name, value in scores.items()}
+            )
+    return records
+
+
+def describe(module: AlignmentModule) -> str:
+    """One line a model: what is trained, and against what."""
+    assert module.policy is not None
+    trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
+    source = module.source.name or "random weights"
+    lines = [f"policy: {type(module.policy.lm).__name__}, {trained:,} trained parameters, from {source}"]
+    if module.reference_source is not None:
+        lines.append(f"reference: {module.reference_source.name or 'random weights'}, frozen")
+    return "\n".join([*lines, f"objective: {module.objective}"])
+
+
+def _held_out(trainer: L.Trainer) -> Metrics:
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

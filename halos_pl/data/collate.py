@@ -1,0 +1,110 @@
+"""From tokenized examples to typed batches. What a device would have to search for is computed here, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from halos_pl.batch import Batch, PairedBatch, Sequences, SFTBatch, UnpairedBatch, View
+from halos_pl.data.pairing import mismatch
+from halos_pl.data.records import DataError
+from halos_pl.data.tokenization import Example, Tokens
+
+
+class Item(NamedTuple):
+    """What the dataset hands to the collator: one example or a pair, and y′ for each where the data module pairs."""
+
+    examples: tuple[Example, ...]
+    mismatched: tuple[Tokens, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Builds the batch of a view.
+
+    Args:
+        view: how the objective reads feedback. Pairs become `PairedBatch` whatever the view: an unpaired objective can
+            be validated on them.
+        pad_id: token id of the padding; it is never scored and never attended to.
+        vocab_size: rows of the model's head; a larger token id raises.
+        max_length: rows (x, y′) are cut at their end to this many tokens.
+        pad_to_multiple_of: padded lengths are rounded up to it.
+        pair_in_batch: y′ from the same micro-batch (the paper's way) where the items bring none.
+    """
+
+    view: View
+    pad_id: int
+    vocab_size: int
+    max_length: int
+    pad_to_multiple_of: int = 1
+    pair_in_batch: bool = False
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        columns = list(zip(*(item.examples for item in items), strict=True))
+        examples = [example for column in columns for example in column]  # chosen rows first, then rejected
+        completions = self._sequences([(e.prompt, e.completion) for e in examples])
+        mismatched = None
+        if self.pair_in_batch:
+            mismatched = self._sequences(_pair_in_batch(examples))
+        elif items[0].mismatched is not None:
+            partners = [y for column in zip(*(item.mismatched or () for item in items), strict=True) for y in column]
+            mismatched = self._sequences([(e.prompt, y) for e, y in zip(examples, partners, strict=True)])
+        if len(columns) == 2:
+            return PairedBatch(completions, mismatched)
+        if self.view == "sft":
+            return SFTBatch(completions)
+        desirable = torch.tensor([bool(e.desirable) for e in examples])
+        return UnpairedBatch(completions, mismatched, desirable=desirable)
+
+    def _sequences(self, rows: Sequence[tuple[Tokens, Tokens]]) -> Sequences:
+        rows = [(prompt, completion[: self.max_length - len(prompt)]) for prompt, completion in rows]
+        return sequences(
+            rows, pad_id=self.pad_id, vocab_size=self.vocab_size, pad_to_multiple_of=self.pad_to_multiple_of
+        )
+
+
+def sequences(
+    rows: Sequence[tuple[Tokens, Tokens]], *, pad_id: int, vocab_size: int, pad_to_multiple_of: int = 1
+) -> Sequences:
+    """Right-padded rows of (prompt, completion) with every completion token scored.
+
+    Raises:
+        ValueError: an id outside [0, vocab_size), an empty prompt (its completion's first token would be predicted
+            from nothing) or an empty completion.
+    """
+    lengths = np.array([len(x) + len(y) for x, y in rows])
+    scored = np.array([len(y) for _, y in rows])
+    for r, (x, y) in enumerate(rows):
+        if not len(x) or not len(y):
+            raise ValueError(f"row {r} has {len(x)} prompt and {len(y)} completion tokens; both need at least one")
+    width = -(-int(lengths.max()) // pad_to_multiple_of) * pad_to_multiple_of
+    real = np.arange(width) < lengths[:, None]
+    ids = np.full(real.shape, pad_id, np.int64)
+    ids[real] = np.concatenate([part for row in rows for part in row])
+    if (worst := ids[real].max()) >= vocab_size or ids[real].min() < 0:
+        raise ValueError(f"token id {worst} outside the model's vocabulary of {vocab_size}")
+    is_scored = real & (np.arange(width) >= (lengths - scored)[:, None])
+    places = np.flatnonzero(is_scored)
+    return Sequences(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(real.astype(np.int64)),
+        predictors=torch.from_numpy(places - 1),
+        targets=torch.from_numpy(ids.reshape(-1)[places]),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(scored)])),
+        num_tokens=int(lengths.sum()),
+    )
+
+
+def _pair_in_batch(examples: Sequence[Example]) -> list[tuple[Tokens, Tokens]]:
+    try:
+        partner, _ = mismatch([e.prompt_key for e in examples], [e.completion_key for e in examples], seed=0)
+    except ValueError as error:
+        raise DataError(
+            f"{examples[error.args[1]].origin}: no other row of its micro-batch of {len(examples)} has another prompt "
+            "with another completion to serve as y′; use a larger batch_size or `--data.mismatch dataset`"
+        ) from None
+    return [(e.prompt, examples[j].completion) for e, j in zip(examples, partner, strict=True)]

@@ -1,0 +1,210 @@
+"""The LightningDataModule: files of feedback in, typed batches out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from halos_pl.batch import DataNeeds
+from halos_pl.data.collate import Collator, Item
+from halos_pl.data.dataset import DatasetBuilder, FeedbackDataset
+from halos_pl.data.records import DataError
+from halos_pl.data.sampling import EpochSampler
+from halos_pl.data.tokenization import CompletionTokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+Stage = Literal["train", "validation", "test"]
+
+
+class AlignmentData(L.LightningDataModule):
+    """Feedback for alignment: thumbs up or down, preference pairs, or demonstrations.
+
+    A source is a JSON, JSONL or Parquet file, a folder of them, or the name of a hub dataset; several may be listed.
+    Rows are `prompt, completion, label`, `prompt, chosen, rejected` or `messages`, plain or conversational. The
+    objective decides how they are read: KTO takes pairs as two labelled completions, SFT takes the desirable side.
+
+    Args:
+        train: Source of the training rows.
+        validation: Source of the held-out rows.
+        test: Source of the rows for `test` and `predict`.
+        train_split: Take the rows whose `split` field has this value (a hub dataset: this split of it).
+        validation_split: Likewise for the held-out rows.
+        test_split: Likewise for the test rows.
+        tokenizer: Folder or hub name. Default: the module's (its `tokenizer`, else its `policy`).
+        chat_template: Template of conversational rows: tulu2, tulu2-halos, chatml, plain, or a Jinja file. Default: the
+            tokenizer's own.
+        eos_token: The token that ends a completion. Default: the tokenizer's.
+        max_length: Tokens of prompt and completion together.
+        max_prompt_length: Where a row is longer than that, its prompt is first cut on the left to this many tokens,
+            then the completion at its end. Default: half of max_length.
+        batch_size: Examples (or pairs) of a micro-batch on each rank.
+        eval_batch_size: The same for validation and test. Default: batch_size.
+        mismatch: Where KTO's y′ comes from. `dataset`: a seeded derangement of all rows, the same whatever the batch,
+            rank or epoch. `batch`: the same micro-batch, as in the paper; depends on batch size and ranks.
+        unpair: For KTO from pairs: both members of each pair, or one at random (f(seed, row)).
+        sampler: `shuffle`, or `stratified`: equal halves of desirable and undesirable rows in every batch; the larger
+            class shows other rows each epoch.
+        shuffle_labels: Permute the labels (or swap half of the pairs) of the training rows: the control experiment.
+        on_bad_row: `error` stops with a list of the malformed rows; `skip` goes on without them and lists them.
+        seed: Of order, y′ and random members.
+        num_workers: Worker processes of the loaders; rows and order do not depend on it.
+        pad_to_multiple_of: Padded row lengths are rounded up to it.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        train_split: str | None = None,
+        validation_split: str | None = None,
+        test_split: str | None = None,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        eos_token: str | None = None,
+        max_length: int = 1024,
+        max_prompt_length: int | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        mismatch: Literal["dataset", "batch"] = "dataset",
+        unpair: Literal["both", "one"] = "both",
+        sampler: Literal["shuffle", "stratified"] = "shuffle",
+        shuffle_labels: bool = False,
+        on_bad_row: Literal["error", "skip"] = "error",
+        seed: int = 0,
+        num_workers: int = 0,
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        super().__init__()
+        sizes = (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("pad_to_multiple_of", pad_to_multiple_of),
+        )
+        for name, value in sizes:
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.sources: dict[Stage, tuple[str | list[str] | None, str | None]] = {
+            "train": (train, train_split),
+            "validation": (validation, validation_split),
+            "test": (test, test_split),
+        }
+        self.tokenizer_name, self.chat_template, self.eos_token = tokenizer, chat_template, eos_token
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.mismatch, self.unpair, self.sampler = mismatch, unpair, sampler
+        self.shuffle_labels, self.on_bad_row, self.seed = shuffle_labels, on_bad_row, seed
+        self.num_workers, self.pad_to_multiple_of = num_workers, pad_to_multiple_of
+        self.datasets: dict[Stage, FeedbackDataset] = {}
+        self.needs: DataNeeds | None = None
+        self.encoder: CompletionTokenizer | None = None
+
+    def setup(self, stage: str) -> None:
+        if self.needs is None:
+            module = None if self.trainer is None else self.trainer.lightning_module
+            needs = getattr(module, "data_needs", None)
+            if not isinstance(needs, DataNeeds):
+                raise TypeError("AlignmentData learns what to read from AlignmentModule: fit that, or set `needs`")
+            self.needs = needs
+        if self.encoder is None:
+            self.encoder = self._encoder(self.needs)
+        wanted: dict[str, tuple[Stage, ...]] = {
+            "fit": ("train", "validation"),
+            "validate": ("validation",),
+            "test": ("test",),
+            "predict": ("test",),
+        }
+        required = wanted[stage][0]
+        if self.sources[required][0] is None:
+            raise DataError(f"`{stage}` needs data: give `--data.{required} FILE` (or data.{required} in the config)")
+        for name in wanted[stage]:
+            if self.sources[name][0] is not None and name not in self.datasets:
+                try:
+                    self.datasets[name] = self._build(name)
+                except DataError as error:
+                    raise DataError(f"data.{name}: {error}") from error
+
+    def _encoder(self, needs: DataNeeds) -> CompletionTokenizer:
+        tokenizer = load_tokenizer(self.tokenizer_name or needs.tokenizer, needs.trust_remote_code)
+        if len(tokenizer) > needs.vocab_size:
+            raise DataError(
+                f"the tokenizer {self.tokenizer_name or needs.tokenizer!r} has {len(tokenizer)} tokens, more than the "
+                f"{needs.vocab_size} rows of the model's head; take the tokenizer that belongs to the model"
+            )
+        max_length = self.max_length
+        if needs.max_positions is not None and max_length > needs.max_positions:
+            log.info("max_length %d is cut to the model's %d positions", max_length, needs.max_positions)
+            max_length = needs.max_positions
+        return CompletionTokenizer(
+            tokenizer,
+            chat_template=self.chat_template,
+            eos_token=self.eos_token,
+            max_length=max_length,
+            max_prompt_length=self.max_prompt_length,
+        )
+
+    def _build(self, stage: Stage) -> FeedbackDataset:
+        assert self.needs is not None
+        assert self.encoder is not None
+        source, split = self.sources[stage]
+        assert source is not None
+        builder = DatasetBuilder(
+            encoder=self.encoder,
+            view=self.needs.view,
+            pair_all=self.needs.mismatched and self.mismatch == "dataset",
+            unpair=self.unpair,
+            on_bad_row=self.on_bad_row,
+            seed=self.seed,
+        )
+        training = stage == "train"
+        return builder.build(source, split, keep_pairs=not training, shuffle_labels=training and self.shuffle_labels)
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        return self._loader("train", self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+        return self._loader("validation", self.eval_batch_size) if "validation" in self.datasets else []
+
+    def test_dataloader(self) -> DataLoader[Item]:
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Item]:
+        return self._loader("test", self.eval_batch_size)
+
+    def _loader(self, stage: Stage, batch_size: int) -> DataLoader[Item]:
+        assert self.needs is not None
+        assert self.encoder is not None
+        dataset, training = self.datasets[stage], stage == "train"
+        stratify = training and self.sampler == "stratified"
+        if stratify and self.needs.view != "unpaired":
+            raise DataError("data.sampler stratified balances labels: it needs an objective of single completions")
+        sampler = EpochSampler(
+            len(dataset),
+            shuffle=training,
+            seed=self.seed,
+            num_replicas=1 if self.trainer is None else self.trainer.world_size,
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            drop_last=training,
+            labels=dataset.labels if stratify else None,
+        )
+        collator = Collator(
+            view=self.needs.view,
+            pad_id=self.encoder.tokenizer.pad_token_id,
+            vocab_size=self.needs.vocab_size,
+            max_length=self.encoder.max_length,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            pair_in_batch=self.needs.mismatched and self.mismatch == "batch",
+        )
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            collate_fn=collator,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )

@@ -1,0 +1,280 @@
+"""Tokenization: prompt and completion as token ids that nothing merges, doubles or loses between them.
+
+The prompt becomes what generation will see: its own tokens, with the tokenizer's BOS once and no EOS. The completion is
+tokenized alone, as the text that goes on after the prompt (no special tokens, no dummy prefix space), and ends with EOS
+once. So the model is scored on the very tokens that it would have to produce.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from halos_pl.data.records import BadRows, Message, OnBadRow, Origin, Text, Unpaired
+from halos_pl.data.templates import TEMPLATES, resolve_template
+
+Tokens = NDArray[np.int32]
+Tools = list[Any]
+"""JSON schemas of functions, which a chat template shows to the model."""
+CHUNK = 1024  # records tokenized at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokenized:
+    """Token ids of a prompt and its completion (with EOS, unless its end was cut off)."""
+
+    prompt: Tokens
+    completion: Tokens
+    truncated_prompt: bool
+    truncated_completion: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """A tokenized record. Equal keys mean equal raw prompts (with tools) or completions, whatever was cut off."""
+
+    prompt: Tokens
+    completion: Tokens
+    desirable: bool | None
+    prompt_key: bytes
+    completion_key: bytes
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class TruncationReport:
+    """How many rows were longer than `max_length`, and where they were cut (a row may be cut at both places)."""
+
+    rows: int
+    truncated: int
+    prompts: int
+    completions: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.truncated} of {self.rows} rows were truncated "
+            f"({self.prompts} prompts cut on the left, {self.completions} completions cut at the end)"
+        )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One entry a record, in their order: its example, or None where the record is bad."""
+
+    examples: list[Example | None]
+    bad: list[str]
+    truncation: TruncationReport
+
+
+class _Rendered(NamedTuple):
+    prompt: str
+    completion: str
+
+
+class CompletionTokenizer:
+    """Encodes prompts and completions.
+
+    Args:
+        tokenizer: a fast tokenizer. The chat template and EOS given here, and a pad token where it has none, are set on
+            it too, so that the exported tokenizer agrees with the training.
+        chat_template: for conversational records, as `resolve_template` takes it; default: the tokenizer's own.
+        eos_token: the token that ends a completion; default: the tokenizer's.
+        max_length: tokens of prompt and completion together. A longer row's prompt is cut on its left (BOS stays) to
+            `max_prompt_length` or what the completion leaves free; then the completion is cut at its end.
+        max_prompt_length: default: half of `max_length`.
+
+    Raises:
+        ValueError: a slow tokenizer; no EOS, or one that is not a single token; bad lengths; an unknown template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        eos_token: str | None = None,
+        max_length: int = 1024,
+        max_prompt_length: int | None = None,
+    ) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, the only kind that is exact here")
+        if max_length < 2:
+            raise ValueError(f"max_length is {max_length}; expected at least 2: a token of prompt and of completion")
+        if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
+            raise ValueError(f"max_prompt_length is {max_prompt_length}; expected 1 to max_length - 1")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length or max_length // 2
+        self.chat_template = resolve_template(chat_template, tokenizer)
+        if chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        self._opening, self._continuation = _opening_and_continuation(backend)
+        self.eos_token_id = self._set_eos(eos_token)
+        self._prefix = self._special_prefix()
+
+    def encode(self, prompt: Text, completion: Text, *, origin: Origin, tools: Tools | None = None) -> Tokenized:
+        """Token ids of one row.
+
+        Raises:
+            DataError: naming the row, where there is no chat template for it, the template fails or rewrites the prompt
+                once the completion is there, or no token is left to score.
+        """
+        rendered = self._render(prompt, completion, origin, tools)
+        return self._fit(*next(self._ids([rendered])), origin)
+
+    def examples(self, records: Sequence[Unpaired], *, on_bad_row: OnBadRow = "error") -> Encoded:
+        """Examples of all records, tokenized in chunks by all cores.
+
+        Raises:
+            DataError: listing the first ten records that `encode` refuses, unless `on_bad_row` is "skip".
+        """
+        bad = BadRows(on_bad_row)
+        examples: list[Example | None] = [None] * len(records)
+        cuts: list[tuple[bool, bool]] = []
+        for start in range(0, len(records), CHUNK):
+            texts: dict[int, _Rendered] = {}
+            for i, record in enumerate(records[start : start + CHUNK], start):
+                with bad.caught():
+                    texts[i] = self._render(record.prompt, record.completion, record.origin, record.tools)
+            for i, ids in zip(texts, self._ids(list(texts.values())), strict=True):
+                with bad.caught():
+                    tokens = self._fit(*ids, records[i].origin)
+                    cuts.append((tokens.truncated_prompt, tokens.truncated_completion))
+                    examples[i] = _example(records[i], tokens)
+        bad.finish()
+        prompts, completions = (sum(cut[side] for cut in cuts) for side in (0, 1))
+        return Encoded(examples, bad.messages, TruncationReport(len(cuts), sum(map(any, cuts)), prompts, completions))
+
+    def _set_eos(self, eos_token: str | None) -> int:
+        tokenizer = self.tokenizer
+        if (eos := eos_token or tokenizer.eos_token) is None:
+            raise ValueError("the tokenizer has no EOS token; name one of its tokens: --data.eos_token TOKEN")
+        ids = self._continuation.encode(eos, add_special_tokens=False).ids
+        if len(ids) != 1 or self._continuation.id_to_token(ids[0]) != eos:
+            raise ValueError(f"eos_token {eos!r} is not one token of the vocabulary; it is tokenized as {ids}")
+        tokenizer.eos_token = eos
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = eos
+        return ids[0]
+
+    def _special_prefix(self) -> list[int]:
+        """What the tokenizer puts before a text (BOS, as a rule)."""
+        probe = self._opening.encode("a")
+        return [id for id, _ in takewhile(lambda x: x[1], zip(probe.ids, probe.special_tokens_mask, strict=True))]
+
+    def _render(self, prompt: Text, completion: Text, origin: Origin, tools: Tools | None) -> _Rendered:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return _Rendered(prompt, completion)
+        if isinstance(prompt, str) or isinstance(completion, str):
+            raise origin.error("completion", "of another kind than the prompt", "both plain or both conversational")
+        if self.chat_template is None:
+            names = ", ".join(TEMPLATES)
+            expected = f"one: --data.chat_template {{{names}}} or FILE.jinja"
+            raise origin.error("prompt", "conversational, and the tokenizer has no chat template", expected)
+        before = self._apply(prompt, origin, tools, reply=True)
+        whole = self._apply(prompt + completion, origin, tools, reply=False)
+        if not whole.startswith(before):
+            wrong = "the chat template rewrites earlier turns (or its generation prompt) once the completion follows"
+            raise origin.error(
+                "completion", wrong, "a template that renders prompt + completion as prompt, then completion"
+            )
+        text, eos, rest = whole[len(before) :].rpartition(self.tokenizer.eos_token)
+        return _Rendered(before, text + eos + ("" if eos and not rest.strip() else rest))
+
+    def _apply(self, messages: list[Message], origin: Origin, tools: Tools | None, *, reply: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tools, add_generation_prompt=reply, tokenize=False)
+        except Exception as error:  # a template is a program of the user's: whatever it raises is about this row
+            raise origin.error("prompt", f"the chat template fails ({error})", "messages that it can render") from error
+        return str(text)
+
+    def _ids(self, texts: Sequence[_Rendered]) -> Iterator[tuple[list[int], list[int]]]:
+        """Prompt and completion ids: BOS and EOS in their places, nothing cut."""
+        prompts = self._opening.encode_batch_fast([x.prompt for x in texts], add_special_tokens=False)
+        completions = self._continuation.encode_batch_fast([x.completion for x in texts], add_special_tokens=False)
+        for text, before, after in zip(texts, prompts, completions, strict=True):
+            if not text.prompt:  # the completion itself opens the text
+                after = self._opening.encode(text.completion, add_special_tokens=False)
+            prompt, completion = before.ids, after.ids
+            if prompt[: len(self._prefix)] != self._prefix:  # a template may have written BOS
+                prompt = self._prefix + prompt
+            if not prompt:  # the first token of the completion is predicted from something
+                bos = self.tokenizer.bos_token_id
+                prompt = [self.eos_token_id if bos is None else bos]
+            yield prompt, completion if completion[-1:] == [self.eos_token_id] else [*completion, self.eos_token_id]
+
+    def _fit(self, prompt: list[int], completion: list[int], origin: Origin) -> Tokenized:
+        """The truncation rule (see `max_length`)."""
+        if completion == [self.eos_token_id]:
+            raise origin.error("completion", "no token left to score", "text that the tokenizer does not drop")
+        size, whole = len(prompt), len(completion)
+        if size + whole > self.max_length and size > self.max_prompt_length:
+            size = min(size, max(self.max_prompt_length, self.max_length - whole))
+        kept = prompt
+        if size < len(prompt):
+            lead = self._prefix or [self.tokenizer.bos_token_id]
+            lead = lead[:size] if prompt[: len(lead)] == lead else []
+            kept = lead + prompt[len(prompt) - size + len(lead) :]
+        fitting = completion[: self.max_length - size]
+        return Tokenized(
+            np.array(kept, np.int32), np.array(fitting, np.int32), size < len(prompt), len(fitting) < whole
+        )
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+
+
+def _example(record: Unpaired, tokens: Tokenized) -> Example:
+    prompt_key, completion_key = _key([record.prompt, record.tools]), _key(record.completion)
+    return Example(tokens.prompt, tokens.completion, record.desirable, prompt_key, completion_key, record.origin)
+
+
+def _key(value: object) -> bytes:
+    return blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()
+
+
+def _opening_and_continuation(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
+    """Private copies of the tokenizer, without truncation and padding: for the start of a text, and for what follows.
+
+    The second one lacks the dummy space that SentencePiece-like tokenizers put before a text; without such a space it
+    is the first one.
+    """
+    opening = Tokenizer.from_str(backend.to_str())
+    opening.no_truncation()
+    opening.no_padding()
+    description = json.loads(opening.to_str())
+    changed = description | {x: _without_prefix_space(description[x]) for x in ("normalizer", "pre_tokenizer")}
+    return opening, opening if changed == description else Tokenizer.from_str(json.dumps(changed))
+
+
+def _without_prefix_space(part: Any) -> Any:
+    match part:
+        case {"type": "Sequence"}:
+            key = next(x for x in part if x != "type")
+            return part | {key: [kept for x in part[key] if (kept := _without_prefix_space(x)) is not None]}
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            return part | {"prepend_scheme": "never"}
+        case {"type": "ByteLevel"} if "add_prefix_space" in part:
+            return part | {"add_prefix_space": False}
+    return part

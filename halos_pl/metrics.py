@@ -1,0 +1,126 @@
+"""Every logged name, its formula, and how it is averaged over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from halos_pl.batch import Batch, CompletionLogps, PairedBatch, UnpairedBatch
+
+FORMULAS = {
+    "loss": "mean of the objective's losses over examples (over scored tokens for SFT)",
+    "kl": "z0, the reference point in force: max(0, kl_raw) (kl_raw itself without a reference)",
+    "kl_raw": "mean r(x, y′) over mismatched completions, before the clamp at 0",
+    "kl_unclamped": "share of micro-batches whose kl_raw is above 0",
+    "rewards/desirable": "mean implied reward β·r over desirable (chosen) completions",
+    "rewards/undesirable": "mean implied reward β·r over undesirable (rejected) completions",
+    "rewards/margin": "rewards/desirable − rewards/undesirable",
+    "rewards/accuracy": "pairs: share with reward(chosen) > reward(rejected); else: share with (r > z0) = desirable",
+    "pair_accuracy": "pairs: share whose chosen completion is the likelier one under the policy (summed logp)",
+    "logps/desirable": "mean log-probability of desirable (chosen) completions under the policy, nats a completion",
+    "logps/undesirable": "mean log-probability of undesirable (rejected) completions under the policy",
+    "logps/all": "mean log-probability of demonstrations under the policy (SFT)",
+    "token_nll": "mean −log-probability of a scored token under the policy, nats",
+    "entropy": "mean entropy of the policy's next-token distribution at scored tokens, nats (log_entropy)",
+    "completion_tokens": "mean scored tokens of a completion, EOS included",
+    "grad_norm": "Euclidean norm of the gradient of all trained parameters before clipping, at the logged step",
+    "lr": "learning rate of the first parameter group",
+    "tokens_per_second": "unpadded tokens of x, y and y′ that were trained on a second, over all ranks",
+}
+"""Logged under `train/` and `val/` (the last three under `train/` only)."""
+
+Values = Mapping[str, tuple[Tensor, Tensor | None]]
+"""name → (values, weights or None): what enters a mean, [any] each. A weight of 0 leaves a value out without a sync."""
+
+
+class Averages(Metric):
+    """Named means, each Σ weight·value / Σ weight over micro-batches and ranks; names without a value are left out."""
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = [name for name in FORMULAS if name != "rewards/margin"]
+        for state in ("total", "weight"):
+            self.add_state(state, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Values) -> None:
+        """Add values.
+
+        Raises:
+            KeyError: a name without a formula.
+        """
+        for name, (value, weight) in values.items():
+            k = self.names.index(name) if name in self.names else None
+            if k is None:
+                raise KeyError(f"{name!r} has no formula in metrics.FORMULAS")
+            value = value.detach().double()
+            if weight is None:
+                self.total[k] += value.sum()
+                self.weight[k] += value.numel()
+            else:
+                weight = weight.double()
+                self.total[k] += (value * weight).sum()
+                self.weight[k] += weight.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        means = self.total / self.weight
+        out = {
+            name: means[k]
+            for k, (name, weight) in enumerate(zip(self.names, self.weight.tolist(), strict=True))
+            if weight
+        }
+        if "rewards/desirable" in out and "rewards/undesirable" in out:
+            out["rewards/margin"] = out["rewards/desirable"] - out["rewards/undesirable"]
+        return out
+
+
+def batch_values(
+    batch: Batch,
+    scores: CompletionLogps,
+    losses: Tensor,
+    rewards: Tensor | None,
+    z0: Tensor | None,
+    kl_raw: Tensor | None,
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """What one micro-batch contributes.
+
+    Args:
+        batch: R rows.
+        scores: of its completions.
+        losses: unreduced, [B] or [N].
+        rewards: implied rewards [R], or None where the objective has none.
+        z0: reference point in force, 0-d, or None.
+        kl_raw: the same before the clamp.
+    """
+    values: dict[str, tuple[Tensor, Tensor | None]] = {
+        "loss": (losses, None),
+        "token_nll": (-scores.token_logp, None),
+        "completion_tokens": (scores.length, None),
+    }
+    if kl_raw is not None and z0 is not None:
+        values |= {"kl": (z0, None), "kl_raw": (kl_raw, None), "kl_unclamped": (kl_raw > 0, None)}
+    if scores.entropy is not None:
+        values["entropy"] = (scores.entropy, None)
+    if not isinstance(batch, (UnpairedBatch, PairedBatch)):
+        return values | {"logps/all": (scores.logp, None)}
+    desirable = batch.desirable
+    sides = {"desirable": desirable, "undesirable": ~desirable}
+    values |= {f"logps/{side}": (scores.logp, mask) for side, mask in sides.items()}
+    if rewards is not None:
+        values |= {f"rewards/{side}": (rewards, mask) for side, mask in sides.items()}
+    if isinstance(batch, PairedBatch):
+        chosen, rejected = scores.logp.chunk(2)
+        values["pair_accuracy"] = (chosen > rejected, None)
+        if rewards is not None:
+            better, worse = rewards.chunk(2)
+            values["rewards/accuracy"] = (better > worse, None)
+    elif rewards is not None:
+        gain = scores.logratio > (0 if z0 is None else z0)
+        values["rewards/accuracy"] = (gain == desirable, None)
+    return values

@@ -1,0 +1,7 @@
+"""Policy and reference as transformers models: loading, the head that scores, export to a Hugging Face folder."""
+
+from halos_pl.models.export import export_policy
+from halos_pl.models.head import Head, backbone, find_head, verify_head
+from halos_pl.models.load import ModelError, ModelSource, load_model
+
+__all__ = ["Head", "ModelError", "ModelSource", "backbone", "export_policy", "find_head", "load_model", "verify_head"]

@@ -1,0 +1,37 @@
+"""The policy as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export_policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+    """Write weights (safetensors), tokenizer with its chat template, generation settings and model card.
+
+    The folder appears whole or not at all: everything is written beside it, then renamed.
+
+    Args:
+        lm: the policy.
+        tokenizer: as the data used it, its end-of-sequence token included.
+        folder: target; an older export of the same run is replaced.
+        card: text of README.md.
+    """
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    generation = lm.generation_config
+    if generation is not None:
+        known = generation.eos_token_id
+        ends = [] if known is None else known if isinstance(known, list) else [known]
+        if tokenizer.eos_token_id not in ends:
+            generation.eos_token_id = [tokenizer.eos_token_id, *ends]
+        if generation.pad_token_id is None:
+            generation.pad_token_id = tokenizer.pad_token_id
+    lm.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.rename(folder)

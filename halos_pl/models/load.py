@@ -1,0 +1,163 @@
+"""Models from a folder, a hub name or a bare configuration, with clear errors before any weight is read."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class ModelError(ValueError):
+    """The model that the user named cannot be used; the message says why and what would do."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: pretrained weights (`name`), or random weights of a configuration (`config`).
+
+    Args:
+        name: folder in Hugging Face format, or hub name.
+        config: a config.json, a folder that holds one, or its content as a mapping.
+        dtype: of the weights: float32, bfloat16 or float64.
+        dropout: keep the dropout of the configuration; otherwise all of it is set to 0.
+        attn_implementation: as in transformers; None takes its default.
+        trust_remote_code: run model code that the folder or the hub brings.
+        seed: of random weights.
+    """
+
+    name: str | None = None
+    config: str | dict[str, Any] | None = None
+    dtype: str = "float32"
+    dropout: bool = False
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.name is None) == (self.config is None):
+            raise ModelError(
+                "name the policy with exactly one of `--model.policy FOLDER_OR_HUB_NAME` (pretrained weights) and "
+                "`--model.config CONFIG` (random weights)"
+            )
+        if self.dtype not in DTYPES:
+            raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @cached_property
+    def pretrained_config(self) -> PretrainedConfig:
+        """The model's configuration.
+
+        Raises:
+            ModelError: no such folder or file, not a model folder, or an unknown model type.
+        """
+        if self.name is not None:
+            return _read_config(self.name, self.trust_remote_code)
+        assert self.config is not None
+        if isinstance(self.config, str):
+            path = Path(self.config)
+            if path.suffix != ".json":
+                return _read_config(self.config, self.trust_remote_code)
+            values = _read_json(path)
+        else:
+            values = dict(self.config)
+        kind = values.pop("model_type", None)
+        if kind not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
+            raise ModelError(
+                f"--model.config: model_type is {kind!r}, which transformers does not know"
+                + (f"; nearest: {', '.join(near)}" if near else "; give one, such as llama")
+            )
+        try:
+            return CONFIG_MAPPING[kind](**values)
+        except Exception as error:
+            raise ModelError(f"--model.config: not a configuration of a {kind} model: {error}") from error
+
+    @property
+    def max_positions(self) -> int | None:
+        config = self.pretrained_config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.pretrained_config.get_text_config().vocab_size)
+
+
+def load_model(source: ModelSource) -> PreTrainedModel:
+    """The model in the dtype asked for, in training mode, without dropout unless the source keeps it.
+
+    Raises:
+        ModelError: the weights are missing or do not belong to the configuration.
+    """
+    config = source.pretrained_config
+    options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "trust_remote_code": source.trust_remote_code}
+    if source.attn_implementation is not None:
+        options["attn_implementation"] = source.attn_implementation
+    try:
+        if source.name is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(source.seed)
+                model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.name, config=config, output_loading_info=True, **options
+            )
+            model, info = loaded
+            if missing := sorted(info["missing_keys"]):
+                raise ModelError(f"{source.name}: the weights lack {', '.join(missing[:5])} ({len(missing)} in all)")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"{source.name or 'model.config'}: cannot be loaded as a causal language model: {error}"
+        ) from error
+    if not source.dropout:
+        for module in model.modules():
+            _switch_dropout_off(module)
+    return model.train()
+
+
+def _switch_dropout_off(module: torch.nn.Module) -> None:
+    """Dropout layers and the probabilities that attention modules keep as floats; the configuration stays as it is."""
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        module.p = 0.0
+    for name, value in list(vars(module).items()):
+        if isinstance(value, float) and ("dropout" in name or name.endswith("drop")):
+            setattr(module, name, 0.0)
+
+
+def _read_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
+    path = Path(name).expanduser()
+    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        siblings = [str(x) for x in path.parent.iterdir() if x.is_dir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), siblings, n=3, cutoff=0.6)
+        raise ModelError(f"no model folder {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+    if looks_local and not (path / "config.json").is_file():
+        held = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
+        raise ModelError(f"{name} is not a model folder: it has no config.json (it holds {held})")
+    try:
+        return AutoConfig.from_pretrained(str(path) if looks_local else name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "its config.json cannot be read" if looks_local else "neither a folder here nor a model on the hub"
+        raise ModelError(f"{name}: {where}: {reason}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"--model.config: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"--model.config: {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"--model.config: {path} must hold one JSON object, got {type(values).__name__}")
+    return values

@@ -1,0 +1,279 @@
+"""The LightningModule: policy and reference under one objective. One training step serves every loss."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import get_scheduler
+
+from halos_pl.accumulation import StepMean
+from halos_pl.batch import Batch, CompletionLogps, DataNeeds, PairedBatch, Sequences, UnpairedBatch
+from halos_pl.losses import KTO, Objective
+from halos_pl.metrics import Averages, batch_values
+from halos_pl.models import ModelSource, find_head, load_model, verify_head
+from halos_pl.scoring import Scorer, compare, global_mean, per_token, reference_point
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+class Evaluation(NamedTuple):
+    """An objective evaluated on one micro-batch."""
+
+    losses: Tensor  # [B], or [N] where the objective's unit is the token
+    scores: CompletionLogps  # R rows
+    rewards: Tensor | None  # [R]
+    z0: Tensor | None  # 0-d
+    kl_raw: Tensor | None  # 0-d
+
+
+class AlignmentModule(L.LightningModule):
+    """A policy that an objective aligns against a frozen reference.
+
+    Args:
+        objective: The loss: KTO, DPO, SFT or a class of your own.
+        policy: Folder in Hugging Face format, or hub name.
+        reference: `copy` (the policy as it was at the start, frozen), `none`, or a folder or hub name. Objectives that
+            compare with nothing (SFT) load none. KTO without a reference uses mean token log-probabilities and a z0
+            that is not clamped (KTO paper, reference-free variant); DPO refuses.
+        config: Random weights instead of `policy`: a config.json, its folder, or its content.
+        tokenizer: Folder or hub name. Default: the policy's.
+        dtype: Of the weights: float32, bfloat16 or float64. For mixed precision keep float32 here and set
+            `--trainer.precision bf16-mixed`.
+        dropout: Keep the dropout of the model's configuration. Off: log-ratios of one model with itself are exactly 0.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        attn_implementation: As in transformers: sdpa, eager, flash_attention_2 …
+        trust_remote_code: Run model code that the folder or hub brings.
+        init_seed: Of the random weights that `config` asks for.
+        optimizer: Any torch optimizer.
+        schedule: Of the learning rate after the warm-up: constant, linear or cosine decay to 0 at the last step.
+        warmup: Optimizer steps (an integer from 1 on), or a share of all steps (below 1).
+        log_entropy: Also compute and log the entropy of the policy at scored tokens.
+    """
+
+    def __init__(
+        self,
+        objective: Objective = KTO(),  # noqa: B008  frozen
+        policy: str | None = None,
+        reference: str = "copy",
+        config: str | dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        dtype: Dtype = "float32",
+        dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        init_seed: int = 0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
+        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        warmup: int | float = 0.1,
+        log_entropy: bool = False,
+    ) -> None:
+        super().__init__()
+        self.source = ModelSource(policy, config, dtype, dropout, attn_implementation, trust_remote_code, init_seed)
+        self.reference_source = _reference_source(objective, self.source, reference)
+        tokenizer = tokenizer or policy
+        if tokenizer is None:
+            raise ValueError("--model.config brings no tokenizer: name one with --model.tokenizer FOLDER_OR_HUB_NAME")
+        if warmup < 0 or (warmup >= 1 and warmup != int(warmup)):
+            raise ValueError(f"warmup must be a share in [0, 1) or a number of steps from 1 on, got {warmup}")
+        self.objective, self.schedule, self.warmup = objective, schedule, warmup
+        self.optimizer_factory, self.log_entropy = optimizer, log_entropy
+        self.gradient_checkpointing = gradient_checkpointing
+        self.data_needs = DataNeeds(
+            view=objective.view,
+            mismatched=objective.needs_reference_point,
+            tokenizer=tokenizer,
+            vocab_size=self.source.vocab_size,
+            max_positions=self.source.max_positions,
+            trust_remote_code=trust_remote_code,
+        )
+        self.policy: Scorer | None = None
+        self.reference: Scorer | None = None
+        self.train_averages, self.val_averages = Averages(), Averages()
+        self._step_mean, self._stepped = StepMean(), False
+        self._clock = _Clock()
+
+    # ------------------------------------------------------------------------------------------ models
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        lm = load_model(self.source)
+        verify_head(lm, find_head(lm))
+        if self.reference_source is not None:
+            same = self.reference_source == self.source
+            self.reference = Scorer(copy.deepcopy(lm) if same else load_model(self.reference_source))
+            self.reference.requires_grad_(False).eval()
+        if self.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.policy = Scorer(lm)
+
+    def train(self, mode: bool = True) -> AlignmentModule:
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    # ------------------------------------------------------------------------------------------ one batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        result = self.evaluate(batch)
+        self.train_averages.update(batch_values(batch, **result._asdict()))
+        self._clock.add(batch)
+        return self._step_mean.normalize(result.losses)
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """The objective on one micro-batch: the one path that training and validation of every loss take."""
+        z0, kl_raw = self.reference_point(batch.mismatched)
+        scores = self.score(batch.completions, entropy=self.log_entropy)
+        desirable = batch.desirable if isinstance(batch, (UnpairedBatch, PairedBatch)) else None
+        losses = self.objective.losses(scores, desirable, z0)
+        return Evaluation(losses, scores, self.objective.rewards(scores), z0, kl_raw)
+
+    def score(self, rows: Sequences, *, entropy: bool = False) -> CompletionLogps:
+        """Policy against reference on token rows; only the policy's part carries a gradient."""
+        with torch.no_grad():
+            reference = None if self.reference is None else self.reference(rows)
+        assert self.policy is not None
+        scores = compare(self.policy(rows, entropy=entropy), reference, rows)
+        return per_token(scores) if self.is_reference_free else scores
+
+    @torch.no_grad()
+    def reference_point(self, mismatched: Sequences | None) -> tuple[Tensor | None, Tensor | None]:
+        """z0 and its value before the clamp. Runs before the policy's own pass, while no activations are held."""
+        if mismatched is None:
+            return None, None
+        logratio = self.score(mismatched).logratio
+        kl_raw = global_mean(logratio)
+        return (kl_raw if self.is_reference_free else reference_point(logratio)), kl_raw
+
+    @property
+    def is_reference_free(self) -> bool:
+        return self.objective.needs_reference and self.reference is None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_averages.update(batch_values(batch, **self.evaluate(batch)._asdict()))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Sequence scores of each row: logp, logratio and length, with ref_logp and reward where they exist."""
+        scores = self.score(batch.completions)
+        found = {"logp": scores.logp, "ref_logp": scores.ref_logp, "length": scores.length}
+        if not self.is_reference_free and scores.ref_logp is not None:
+            found |= {"logratio": scores.logratio, "reward": self.objective.rewards(scores)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    # ------------------------------------------------------------------------------------------ optimization
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf") and (self.schedule != "constant" or self.warmup < 1):
+            raise ValueError(
+                f"a {self.schedule} schedule with warmup {self.warmup} needs an end: set --trainer.max_steps or "
+                "--trainer.max_epochs, or take --model.schedule constant and warmup in steps"
+            )
+        warmup = int(self.warmup) if self.warmup >= 1 else int(self.warmup * steps)
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        total = None if self.schedule == "constant" else int(steps)
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._step_mean.rescale(self.parameters(), self.trainer.accumulate_grad_batches)
+        self._stepped = True
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.train_averages.update({"grad_norm": (norm[None], None)})
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    # ------------------------------------------------------------------------------------------ logging
+
+    def on_train_start(self) -> None:
+        self._clock.restart()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if not self._stepped:
+            return
+        self._stepped = False
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the trainer's connectors
+        if self.global_step % every:
+            return
+        values: dict[str, Tensor | float] = dict(self.train_averages.compute())
+        self.train_averages.reset()
+        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values["tokens_per_second"] = self._clock.rate() * self.trainer.world_size
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        values = self.val_averages.compute()
+        self.val_averages.reset()
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+        self._clock.restart()
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The reference never changes and is loaded anew: a checkpoint holds the policy alone."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("reference.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = self.state_dict()
+        checkpoint["state_dict"] |= {k: v for k, v in own.items() if k.startswith("reference.")}
+
+
+def _reference_source(objective: Objective, policy: ModelSource, reference: str) -> ModelSource | None:
+    if not objective.needs_reference:
+        return None
+    if reference == "none":
+        if objective.reference_free == "refused":
+            raise ValueError(
+                f"{type(objective).__name__} compares policy and reference and has no reference-free form: "
+                "set --model.reference copy, or a folder or hub name"
+            )
+        return None
+    return policy if reference == "copy" else replace(policy, name=reference, config=None)
+
+
+class _Clock:
+    """Tokens a second on this rank since the last restart, in host time."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def add(self, batch: Batch) -> None:
+        self.tokens += batch.completions.num_tokens + (batch.mismatched.num_tokens if batch.mismatched else 0)
+
+    def rate(self) -> float:
+        rate = self.tokens / max(time.perf_counter() - self.since, 1e-9)
+        self.restart()
+        return rate

@@ -1,0 +1,67 @@
+"""The parser's messages in the user's words: the key, what it got, what was expected, and the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+
+from jsonargparse import ArgumentParser
+
+Choices = Mapping[str, Mapping[str, type]]
+"""Keys whose value is a class chosen by name, with the classes by name."""
+
+
+def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:
+    """One message for an error of the parser.
+
+    Args:
+        message: what the parser said.
+        parser: of the subcommand, whose options are the valid keys.
+        choices: classes that a key selects; their parameters are valid keys below it.
+    """
+    keys = sorted(_keys(parser, choices))
+    if unknown := re.search(r"unrecognized arguments: --(\S+?)(?:[= ]|$)", message):
+        return _unknown(unknown[1], keys)
+    if unknown := re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'", message):
+        return _unknown(unknown[1] or unknown[2], keys)
+    if not (at := re.search(r'(?:Parser key|Key) "([^"]+)"', message)):
+        return message.strip()
+    key = at[1]
+    got = re.search(r"(?:Got|Given) value: (.*)", message)
+    value = got[1].strip().strip("'\"") if got else ""
+    if key in choices:
+        value = (wrong := re.search(r"Expected a dot import path string: (\S+)", message)) and wrong[1] or value
+        return f"--{key}: no class {value!r} there{_nearest(value, choices[key])}; it takes {_listed(choices[key])}"
+    if allowed := re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[(.*?)\]", message))):
+        return f"--{key}: got {value!r}{_nearest(value, allowed)}; it takes {_listed(dict.fromkeys(allowed))}"
+    if kinds := re.findall(r"Expected an? <class '([^']+)'>", message):
+        return f"--{key}: got {value!r}, expected {' or '.join(dict.fromkeys(kinds))}".replace("NoneType", "null")
+    return f"--{key}: " + " ".join(message[at.end() :].split()).lstrip(": ")
+
+
+def _keys(parser: ArgumentParser, choices: Choices) -> set[str]:
+    keys = {name.removeprefix("--") for action in parser._actions for name in action.option_strings if name[:2] == "--"}
+    for key, classes in choices.items():
+        for choice in classes.values():
+            keys |= {f"{key}.{name}" for name in inspect.signature(choice).parameters if name != "params"}
+    return {key for key in keys if not key.endswith("+")}
+
+
+def _unknown(name: str, keys: Iterable[str]) -> str:
+    """A whole key, or (out of a config's nested mapping) only its last part."""
+    if "." in name:
+        return f"unknown key --{name}{_nearest(name, keys)}"
+    leaves = {key.rsplit(".", 1)[-1]: key for key in keys}
+    near = difflib.get_close_matches(name, leaves, n=1)
+    return f"unknown key {name!r}" + (f"; did you mean --{leaves[near[0]]}?" if near else "")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

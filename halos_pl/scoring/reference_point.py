@@ -1,0 +1,43 @@
+"""The reference point z0 of prospect theory: what a completion is a gain or a loss against."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def global_mean(values: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Mean of [M] values over all ranks: global sum / global count, so that ranks may hold different counts, or none.
+
+    Returns a 0-d tensor, detached, in the dtype of the values; summed in float64 (float32 where a device lacks it).
+    """
+    values = values.detach()
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    total = torch.stack([values.sum(dtype=wide), values.new_tensor(values.numel(), dtype=wide)])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total, group=group)
+    return (total[0] / total[1].clamp_min(1)).to(values.dtype)
+
+
+def reference_point(mismatched_logratio: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """z0 = max(0, mean of r(x, y′)): the KL between policy and reference, estimated on mismatched completions.
+
+    Args:
+        mismatched_logratio: [M] log-ratios of (x, y′) in nats, y′ the completion of another prompt.
+        group: ranks to average over; default: all.
+
+    Returns:
+        0-d tensor, detached, never negative. KTO paper, equation 7 and section 4.1.
+
+    Raises:
+        ValueError: not one-dimensional.
+
+    >>> reference_point(torch.tensor([0.5, 1.5]))
+    tensor(1.)
+    >>> reference_point(torch.tensor([-3.0, 1.0]))
+    tensor(0.)
+    """
+    if mismatched_logratio.dim() != 1:
+        raise ValueError(f"mismatched_logratio must have shape [M], got {tuple(mismatched_logratio.shape)}")
+    return global_mean(mismatched_logratio, group=group).clamp_min(0)

@@ -1,0 +1,14 @@
+"""Exact log-probabilities of completions, without logits: the fused seam between hidden states and losses.
+
+| name | from | to |
+|---|---|---|
+| `linear_logp` | hidden states [N, d], output weight [V, d], targets [N] | log-probabilities [N] in nats |
+| `seq_logratio` | packed token log-probabilities [N] of policy and reference | log-ratios [B] |
+"""
+
+from __future__ import annotations
+
+from halos_kernels.linear_logp import LogpOut, linear_logp
+from halos_kernels.seq_logratio import SeqOut, seq_logratio
+
+__all__ = ["LogpOut", "SeqOut", "linear_logp", "seq_logratio"]

@@ -1,0 +1,204 @@
+import json
+import warnings
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from halos_pl.data.records import DataError, DataWarning, Paired, Unpaired
+from halos_pl.data.sources import load_records, read_rows
+
+ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "label": i % 2 == 0} for i in range(4)]
+
+
+def written(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def prompts(spec, split=None, **options):
+    return [record.prompt for record in load_records(spec, split, **options).records]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_every_kind_of_file_gives_the_same_records(tmp_path, name):
+    loaded = load_records(str(written(tmp_path / name, ROWS)))
+    assert [(x.prompt, x.completion, x.desirable, x.origin.row) for x in loaded.records] == [
+        (f"p{i}", f"c{i}", i % 2 == 0, i + 1) for i in range(4)
+    ]
+    assert loaded.records[0].origin.file.endswith(name)
+    assert loaded.bad == []
+
+
+def test_folders_and_lists_are_read_in_order(tmp_path):
+    written(tmp_path / "b.jsonl", ROWS[2:])
+    written(tmp_path / "a.parquet", ROWS[:2])
+    (tmp_path / "notes.txt").write_text("not data")
+    assert prompts(str(tmp_path)) == ["p0", "p1", "p2", "p3"]
+    assert prompts([str(tmp_path / "b.jsonl"), str(tmp_path / "a.parquet")]) == ["p2", "p3", "p0", "p1"]
+
+
+def test_jsonl_takes_bom_crlf_and_blank_lines_and_counts_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode() + b"\r\n\r\n" + json.dumps(ROWS[1]).encode())
+    assert [x.origin.row for x in load_records(str(path)).records] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"prompt": "a" "completion": "b"}', "column 16: Expecting ',' delimiter; expected one JSON object"),
+        (b'{"prompt": "a\0b", "completion": "c"}', "column 14: Invalid control character"),
+        (b'{"prompt": "\xff", "completion": "c"}', "byte 13: not UTF-8"),
+        (b"[" * 100_000, "expected one JSON object a line"),
+        (b"3", "the row is 3 (int); expected an object"),
+        (b'{"prompt": "a", "completion": ""}', "completion: an empty completion"),
+    ],
+)
+def test_bad_lines_are_named_and_can_be_skipped(tmp_path, line, says):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([json.dumps(ROWS[0]).encode(), line, json.dumps(ROWS[1]).encode()]))
+    with pytest.raises(DataError) as error:
+        load_records(str(path))
+    assert f"\n  {path}:2: " in str(error.value)
+    assert says in str(error.value)
+    assert "--data.on_bad_row skip" in str(error.value)
+    loaded = load_records(str(path), on_bad_row="skip")
+    assert [x.prompt for x in loaded.records] == ["p0", "p1"]
+    assert len(loaded.bad) == 1
+    assert loaded.bad[0].startswith(f"{path}:2: ")
+
+
+def test_errors_stop_at_ten_rows(tmp_path):
+    path = written(tmp_path / "a.jsonl", [{"text": "x"}] * 30)
+    with pytest.raises(DataError) as error:
+        load_records(str(path))
+    assert str(error.value).count("prompt: missing") == 10
+    with pytest.raises(DataError, match=r"no row can be used; all 30 are bad, the first: .*a.jsonl:1: prompt"):
+        load_records(str(path), on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b"", "no rows in this file"),
+        ("a.jsonl", b"\n \n", "no rows in this file"),
+        ("a.json", b"[]", "no rows in this file"),
+        ("a.json", b'{"data": []}', "the top level is a dict; expected an array of objects"),
+        (
+            "a.json",
+            b'{"a": 1}\n{"a": 2}',
+            "Extra data: line 2 column 1 .*; with one object a line, name the file .jsonl",
+        ),
+        ("a.json", b'["\xff"]', "not JSON: 'utf-8' codec"),
+        ("a.parquet", b"PAR1 but not really", "not Parquet"),
+        ("a.parquet", b"", "not Parquet"),
+        ("a.csv", b"prompt,completion\na,b\n", "unknown kind of file '.csv'; expected .jsonl, .json, .parquet"),
+    ],
+)
+def test_useless_files_are_named(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"^{tmp_path / name}: .*{says}"):
+        load_records(str(tmp_path / name))
+
+
+def test_empty_parquet_and_folder_without_data(tmp_path):
+    written(tmp_path / "a.parquet", ROWS)
+    pq.write_table(pq.read_table(tmp_path / "a.parquet").slice(0, 0), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: no rows"):
+        load_records(str(tmp_path))
+    (tmp_path / "a.parquet").rename(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"no data in this folder, it has: a.txt; expected .jsonl"):
+        load_records(str(tmp_path))
+
+
+def test_missing_paths_name_the_nearest_file(tmp_path):
+    written(tmp_path / "preferences.jsonl", ROWS)
+    with pytest.raises(
+        DataError, match=r"preference.jsonl': no such file or folder \(did you mean 'preferences.jsonl'"
+    ):
+        load_records(str(tmp_path / "preference.jsonl"))
+    for spec in ("", "nowhere.parquet", "./nowhere", "~/nowhere", "a/b/c"):
+        with pytest.raises(DataError, match="no such file or folder"):
+            load_records(spec)
+
+
+def test_split_field_selects_rows_and_its_absence_is_told(tmp_path):
+    splits = ["train", "test", "train", "test"]
+    path = written(tmp_path / "a.jsonl", [row | {"split": x} for row, x in zip(ROWS, splits, strict=True)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prompts(str(path), "test") == ["p1", "p3"]
+    with pytest.warns(DataWarning, match="all splits are used together \\('train', 'test'\\)"):
+        assert len(prompts(str(path))) == 4
+    with pytest.raises(DataError, match="no row of split 'dev'; the splits there are: 'train', 'test'"):
+        load_records(str(path), "dev")
+    with pytest.raises(DataError, match=r"no row of split 'train'; the splits there are: none"):
+        load_records(str(written(tmp_path / "b.jsonl", ROWS)), "train")
+
+
+def test_file_names_are_splits_where_rows_name_none(tmp_path):
+    written(tmp_path / "train-00000-of-00001.parquet", ROWS[:3])
+    written(tmp_path / "latest_test.jsonl", ROWS[3:])
+    assert prompts(str(tmp_path), "train") == ["p0", "p1", "p2"]
+    assert prompts(str(tmp_path), "test") == ["p3"]
+    with pytest.warns(DataWarning, match="all splits"):
+        assert len(prompts(str(tmp_path))) == 4
+
+
+def test_hub_names_go_to_datasets(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS[: 0 if name == "org/empty" else 2])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_records("org/name")
+    assert [str(x.origin) for x in loaded.records] == ["org/name[train]:1", "org/name[train]:2"]
+    assert prompts("name", "test") == ["p0", "p1"]
+    assert asked == [("org/name", "train"), ("name", "test")]
+    with pytest.raises(DataError, match=r"org/empty: no rows in split 'train'"):
+        load_records("org/empty")
+
+
+def test_unreachable_hub_is_rephrased(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    for spec in ("no-such-org/no-such-data", "no-such-data"):
+        with pytest.raises(
+            DataError, match=f"'{spec}' is not a local file or folder, and split 'train' of a hub dataset"
+        ):
+            load_records(spec)
+
+
+def test_rows_are_streamed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n{")
+    rows = read_rows(str(path))
+    assert next(rows)[1] == ROWS[0]
+    assert isinstance(next(rows)[1], DataError)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "kind", "count"),
+    [
+        ("binary/blimp_acceptability.jsonl", "train", Unpaired, 1499),
+        ("binary/chat_kto_en.jsonl", None, Unpaired, 229),
+        ("paired/blimp_prefix.jsonl", "test", Paired, 1000),
+        ("paired/chat_dpo_en.jsonl", None, Paired, 218),
+        ("sft/gsm8k_train_2000.jsonl", None, Unpaired, 2000),
+        ("sft/helpful_multi_turn.jsonl", None, Unpaired, 42),
+    ],
+)
+def test_real_files_load_whole(shared_data, name, split, kind, count):
+    records = load_records(str(shared_data / name), split).records
+    assert len(records) == count
+    assert {type(x) for x in records} == {kind}
