@@ -185,6 +185,7 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*in eval mode at the start of training.*",  # the reference
         ".*isinstance.treespec, LeafSpec.*",
+        "Total length of .list. across ranks is zero",  # no held-out rows
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

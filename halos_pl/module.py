@@ -17,7 +17,7 @@ from halos_pl.accumulation import StepMean
 from halos_pl.batch import Batch, CompletionLogps, DataNeeds, PairedBatch, Sequences, UnpairedBatch
 from halos_pl.losses import KTO, Objective
 from halos_pl.metrics import Averages, batch_values
-from halos_pl.models import ModelSource, find_head, load_model, verify_head
+from halos_pl.models import ModelSource, enable_checkpointing, find_head, load_model, verify_head
 from halos_pl.scoring import Scorer, compare, global_mean, per_token, reference_point
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -112,7 +112,7 @@ class AlignmentModule(L.LightningModule):
             self.reference = Scorer(copy.deepcopy(lm) if same else load_model(self.reference_source))
             self.reference.requires_grad_(False).eval()
         if self.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(lm)
         self.policy = Scorer(lm)
 
     def train(self, mode: bool = True) -> AlignmentModule:

@@ -32,7 +32,7 @@ def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:
     got = re.search(r"(?:Got|Given) value: (.*)", message)
     value = got[1].strip().strip("'\"") if got else ""
     if key in choices:
-        value = (wrong := re.search(r"Expected a dot import path string: (\S+)", message)) and wrong[1] or value
+        value = ((wrong := re.search(r"Expected a dot import path string: (\S+)", message)) and wrong[1]) or value
         return f"--{key}: no class {value!r} there{_nearest(value, choices[key])}; it takes {_listed(choices[key])}"
     if allowed := re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[(.*?)\]", message))):
         return f"--{key}: got {value!r}{_nearest(value, allowed)}; it takes {_listed(dict.fromkeys(allowed))}"

@@ -2,6 +2,16 @@
 
 from halos_pl.models.export import export_policy
 from halos_pl.models.head import Head, backbone, find_head, verify_head
-from halos_pl.models.load import ModelError, ModelSource, load_model
+from halos_pl.models.load import ModelError, ModelSource, enable_checkpointing, load_model
 
-__all__ = ["Head", "ModelError", "ModelSource", "backbone", "export_policy", "find_head", "load_model", "verify_head"]
+__all__ = [
+    "Head",
+    "ModelError",
+    "ModelSource",
+    "backbone",
+    "enable_checkpointing",
+    "export_policy",
+    "find_head",
+    "load_model",
+    "verify_head",
+]

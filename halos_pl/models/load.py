@@ -124,6 +124,12 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     return model.train()
 
 
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass. transformers renamed its switch on the way to version 6."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch({"use_reentrant": False})
+
+
 def _switch_dropout_off(module: torch.nn.Module) -> None:
     """Dropout layers and the probabilities that attention modules keep as floats; the configuration stays as it is."""
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):

@@ -111,14 +111,11 @@ def test_bf16_logratio_of_512_tokens_is_true_to_a_thousandth_nat():
     hidden = (torch.randn(b * t, d, generator=g) * 3.2 + rows * 17 / rows.norm(dim=1, keepdim=True) ** 2).bfloat16()
     policy_h = (hidden.float() + 0.02 * 3.2 * torch.randn(b * t, d, generator=g)).bfloat16()
     policy_w = (weight.float() + 0.02 * torch.randn(v, d, generator=g) / math.sqrt(d)).bfloat16()
-    offsets = torch.arange(0, b * t + 1, t)
-
     heads = ((policy_h, policy_w), (hidden, weight))
-    exact = [naive(h.double(), w.double(), targets)[0] for h, w in heads]
-    truth = (exact[0] - exact[1]).view(b, t).sum(1)
+    truth = torch.sub(*(naive(h.double(), w.double(), targets)[0] for h, w in heads)).view(b, t).sum(1)
 
     def error(logp: Tensor, ref_logp: Tensor) -> float:
-        return (seq_logratio(logp, ref_logp, offsets).logratio.double() - truth).abs().max().item()
+        return (seq_logratio(logp, ref_logp, torch.tensor([0, t, b * t])).logratio.double() - truth).abs().max().item()
 
     assert error(*(linear_logp(h, w, targets).logp for h, w in heads)) < 1e-3
     rounded = ((h @ w.T).float() for h, w in heads)  # the test can tell: bf16 logits lose it
@@ -220,7 +217,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace", [None, 40_000])
+@pytest.mark.parametrize("workspace", [None, 20_000])
 def test_no_tensor_of_tokens_times_vocabulary(dtype, workspace, monkeypatch):
     monkeypatch.setattr(MODULE, "WORKSPACE_BYTES", workspace or MODULE.WORKSPACE_BYTES)
     n, d, v = 150, 20, 100
@@ -232,7 +229,7 @@ def test_no_tensor_of_tokens_times_vocabulary(dtype, workspace, monkeypatch):
     with torch.no_grad(), Largest() as seen_without_gradients:
         linear_logp(hidden, weight, targets, entropy=True, **options)
     for mode in (seen, seen_without_gradients):
-        assert n * d <= mode.elements < (n * v if workspace is None else workspace // 4)
+        assert n * 10 < mode.elements < (n * v if workspace is None else workspace // 4)
 
 
 def test_saves_the_inputs_and_two_rows_of_numbers_and_nothing_under_no_grad():
@@ -268,10 +265,7 @@ def test_strided_inputs_and_short_integers():
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (ours, theirs)))
 
 
-class Sharded(Tensor):
-    placements = ("Shard(0)",)
-
-
+Sharded = type("Sharded", (Tensor,), {"placements": ("Shard(0)",)})
 X, W, Y = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
 BAD = {
     "hidden rank": ((X[0], W, Y), {}, "hidden must be [N, d], got [3]"),
@@ -303,4 +297,4 @@ def test_bad_input_is_named(case):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(MODULE) == (0, 5)
+    assert doctest.testmod(MODULE) == (0, 6)
