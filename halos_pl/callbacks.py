@@ -84,7 +84,7 @@ class RunReport(L.Callback):
 
     @rank_zero_only
     def _print(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -96,10 +96,13 @@ class RunReport(L.Callback):
         card = model_card(pl_module, data, self.before, self.after, steps=trainer.global_step)
         export_policy(pl_module.policy.lm, data.encoder.tokenizer, self.folder / "policy", card)
         self.console.print(self.table())
-        self.console.print(f"policy       {self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)")
-        self.console.print(f"checkpoints  {self.folder / 'checkpoints'}")
-        self.console.print(f"curves       tensorboard --logdir {self.folder}   ({self.folder / 'csv' / 'metrics.csv'})")
-        self.console.print(f"settings     {self.folder / 'config.yaml'}")
+        places = {
+            "policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)",
+            "checkpoints": self.folder / "checkpoints",
+            "curves": f"tensorboard --logdir {self.folder}  ({self.folder / 'csv' / 'metrics.csv'})",
+            "settings": self.folder / "config.yaml",
+        }
+        self._print("\n".join(f"{name:12} {place}" for name, place in places.items()))
 
     def table(self) -> Table:
         table = Table(title="held-out rows", title_justify="left")
@@ -137,7 +140,7 @@ class PredictionFile(BasePredictionWriter):
             for scores in predictions:
                 for record in _by_example(scores, next(iter(scores.values())).shape[0], rows):
                     file.write(json.dumps(record) + "\n")
-        Console(highlight=False).print(f"predictions  {self.path}")
+        Console(highlight=False).print(f"predictions  {self.path}", soft_wrap=True)
 
 
 def _by_example(scores: dict[str, Tensor], count: int, rows: Any) -> list[dict[str, Any]]:

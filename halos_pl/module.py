@@ -17,7 +17,7 @@ from halos_pl.accumulation import StepMean
 from halos_pl.batch import Batch, CompletionLogps, DataNeeds, PairedBatch, Sequences, UnpairedBatch
 from halos_pl.losses import KTO, Objective
 from halos_pl.metrics import Averages, batch_values
-from halos_pl.models import ModelSource, enable_checkpointing, find_head, load_model, verify_head
+from halos_pl.models import ModelError, ModelSource, enable_checkpointing, find_head, load_model, verify_head
 from halos_pl.scoring import Scorer, compare, global_mean, per_token, reference_point
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -101,6 +101,13 @@ class AlignmentModule(L.LightningModule):
         self._clock = _Clock()
 
     # ------------------------------------------------------------------------------------------ models
+
+    def setup(self, stage: str) -> None:
+        if "-true" in str(precision := self.trainer.precision) and precision != "32-true":
+            raise ModelError(
+                f"--trainer.precision {precision} would also cast the model's rotary and other buffers; for weights of "
+                "that type set --model.dtype bfloat16 (or float64), for mixed precision --trainer.precision bf16-mixed"
+            )
 
     def configure_model(self) -> None:
         if self.policy is not None:

@@ -238,9 +238,12 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         ValueError: where there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made up from a bare config.json
+        raise ValueError(f"no tokenizer in {name!r}: it has no tokenizer.json; name one with --model.tokenizer")
+    return tokenizer
 
 
 def _example(record: Unpaired, tokens: Tokenized) -> Example:
