@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.trainer import Trainer
 
 from halos_pl import losses
-from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport
+from halos_pl.callbacks import LastCheckpoint, PredictionFile, ProgressBar, RunReport
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.losses import Objective
@@ -57,7 +59,7 @@ class _SavedConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True)
+        self.parser.save(self.config, str(folder / "config.yaml"), skip_unset=False, overwrite=True)
 
 
 class HalosCLI(LightningCLI):
@@ -115,7 +117,7 @@ class HalosCLI(LightningCLI):
             else:
                 callbacks.append(RunReport(folder))
                 if config.get("enable_checkpointing") is not False:
-                    callbacks.append(self._checkpoints(folder))
+                    callbacks += self._checkpoints(folder)
         if self.subcommand != "fit":
             self.save_config_callback = None
         if config.get("logger") in (None, True):
@@ -123,14 +125,14 @@ class HalosCLI(LightningCLI):
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
-    def _checkpoints(self, folder: Path) -> ModelCheckpoint:
-        held_out = self.datamodule.sources["validation"][0] is not None
-        return ModelCheckpoint(
-            folder / "checkpoints",
-            filename="best-{step}" if held_out else "{step}",
-            monitor="val/loss" if held_out else None,
-            save_last=True,
-        )
+    def _checkpoints(self, folder: Path) -> list[Callback]:
+        """The last state and, with held-out rows, the best one. Checkpoints are step-named, so that none is overwritten
+        in place."""
+        where = folder / "checkpoints"
+        last = LastCheckpoint(where, filename="{step}", save_last="link", enable_version_counter=False)
+        if self.datamodule.sources["validation"][0] is None:
+            return [last]
+        return [last, ModelCheckpoint(where, "best-{step}", monitor="val/loss", save_on_train_epoch_end=False)]
 
     def _run_folder(self) -> Path:
         """runs/NAME. A name in use is refused, unless the run goes on from its own checkpoint; without a name the
@@ -164,6 +166,8 @@ class HalosCLI(LightningCLI):
         except (DataError, ModelError):
             if self.folder is not None and self.folder_is_new and not self.trainer.global_step:
                 shutil.rmtree(self.folder, ignore_errors=True)
+                with suppress(OSError):  # not empty: other runs
+                    self.folder.parent.rmdir()
             raise
 
 
@@ -181,6 +185,7 @@ def run(argv: list[str]) -> int:
 
 def _quieten() -> None:
     """Silence what other libraries say about things that are as they should be."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that LightningCLI makes
     for message in (
         ".*does not have many workers.*",
         ".*in eval mode at the start of training.*",  # the reference
@@ -195,7 +200,7 @@ def _quieten() -> None:
 
 
 def _loggers(folder: Path) -> list[Any]:
-    return [
-        TensorBoardLogger(folder, name="", version="tensorboard"),
-        CSVLogger(folder, name="", version="csv", flush_logs_every_n_steps=1),
-    ]
+    """A run that goes on appends to its TensorBoard folder; CSVLogger would delete earlier rows, so it gets a new one."""
+    names = ("csv" if i == 1 else f"csv-{i}" for i in range(1, sys.maxsize))
+    free = next(name for name in names if not (folder / name).exists())
+    return [TensorBoardLogger(folder, name="", version="tensorboard"), CSVLogger(folder, name="", version=free)]

@@ -201,7 +201,7 @@ class AlignmentData(L.LightningDataModule):
         )
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             collate_fn=collator,
             num_workers=self.num_workers,

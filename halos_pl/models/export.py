@@ -29,9 +29,13 @@ def export_policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             generation.eos_token_id = [tokenizer.eos_token_id, *ends]
         if generation.pad_token_id is None:
             generation.pad_token_id = tokenizer.pad_token_id
-    lm.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(card, encoding="utf-8")
+    try:
+        lm.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     aside.rename(folder)

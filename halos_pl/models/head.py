@@ -64,6 +64,8 @@ def find_head(model: PreTrainedModel) -> Head:
 def verify_head(model: PreTrainedModel, head: Head, *, atol: float = 1e-3) -> None:
     """Compare the head with the model's own logits on four tokens, so that no architecture is scored wrongly.
 
+    Hidden states are enlarged until logits reach 10, so that random weights too show a soft cap that is not known here.
+
     Args:
         model: in any mode; left as it is.
         head: of this model.
@@ -73,16 +75,18 @@ def verify_head(model: PreTrainedModel, head: Head, *, atol: float = 1e-3) -> No
     Raises:
         ModelError: the model's logits are not those of `Head`: its log-probabilities would be wrong.
     """
-    training = model.training
+    training, weight = model.training, head.weight.float()
+    ids = torch.arange(4, device=weight.device)[None] % weight.shape[0]
     model.eval()
     try:
-        device = head.weight.device
-        ids = torch.arange(4, device=device)[None] % head.weight.shape[0]
-        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state.float()
-        own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+        largest = (hidden.float() @ weight.T * head.scale).abs().max().item()
+        gain = max(1.0, 10 / max(largest, 1e-6))
+        with head.linear.register_forward_pre_hook(lambda module, args: (args[0] * gain,)):
+            own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     finally:
         model.train(training)
-    logits = hidden @ head.weight.float().T
+    logits = (hidden * gain).float() @ weight.T
     if head.bias is not None:
         logits = logits + head.bias.float()
     logits = logits * head.scale

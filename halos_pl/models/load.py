@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -62,7 +64,7 @@ class ModelSource:
             return _read_config(self.name, self.trust_remote_code)
         assert self.config is not None
         if isinstance(self.config, str):
-            path = Path(self.config)
+            path = Path(self.config).expanduser()
             if path.suffix != ".json":
                 return _read_config(self.config, self.trust_remote_code)
             values = _read_json(path)
@@ -106,21 +108,27 @@ def load_model(source: ModelSource) -> PreTrainedModel:
                 torch.manual_seed(source.seed)
                 model = AutoModelForCausalLM.from_config(config, **options)
         else:
+            folder = str(Path(source.name).expanduser())
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.name, config=config, output_loading_info=True, **options
+                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
             model, info = loaded
+            if wrong := sorted(info["mismatched_keys"]):
+                name, found, expected = wrong[0]
+                raise ModelError(
+                    f"{source.name}: {name} is {list(found)} in the weights, but config.json asks for {list(expected)} "
+                    f"({len(wrong)} such in all)"
+                )
             if missing := sorted(info["missing_keys"]):
                 raise ModelError(f"{source.name}: the weights lack {', '.join(missing[:5])} ({len(missing)} in all)")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
             f"{source.name or 'model.config'}: cannot be loaded as a causal language model: {error}"
         ) from error
     if not source.dropout:
-        for module in model.modules():
-            _switch_dropout_off(module)
+        _switch_dropout_off(model)
     return model.train()
 
 
@@ -130,13 +138,24 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     switch({"use_reentrant": False})
 
 
-def _switch_dropout_off(module: torch.nn.Module) -> None:
-    """Dropout layers and the probabilities that attention modules keep as floats; the configuration stays as it is."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-        module.p = 0.0
-    for name, value in list(vars(module).items()):
+def _switch_dropout_off(model: PreTrainedModel) -> None:
+    """Dropout layers, and the probabilities that modules keep as floats or read from their configuration, of which all
+    below the model itself get a copy: the one that is exported stays as it is."""
+    copies: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _zero_dropout(module)
+        config = vars(module).get("config")
+        if module is not model and isinstance(config, PretrainedConfig):
+            module.config = copies.setdefault(id(config), copy.deepcopy(config))
+            _zero_dropout(module.config)
+
+
+def _zero_dropout(owner: object) -> None:
+    for name, value in list(vars(owner).items()):
         if isinstance(value, float) and ("dropout" in name or name.endswith("drop")):
-            setattr(module, name, 0.0)
+            setattr(owner, name, 0.0)
 
 
 def _read_config(name: str, trust_remote_code: bool) -> PretrainedConfig:

@@ -1,0 +1,154 @@
+"""Token log-probabilities against the logits that transformers itself computes, for heads of every kind."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from halos_pl.batch import Sequences
+from halos_pl.data.collate import sequences
+from halos_pl.models import ModelSource, find_head, load_model, verify_head
+from halos_pl.scoring import Scorer
+
+V = 61
+ROWS = [(2, 5), (7, 1), (1, 9), (4, 4)]  # tokens of prompt and completion
+SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = SMALL | {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama, tied": LLAMA | {"tie_word_embeddings": True},
+    "qwen2": LLAMA,
+    "gpt2": {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "gpt2, untied": {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "tie_word_embeddings": False},
+    "gpt_neox": SMALL | {"intermediate_size": 24, "max_position_embeddings": 64},
+    "opt": SMALL | {"ffn_dim": 24, "word_embed_proj_dim": 8, "max_position_embeddings": 64},
+    "gemma2": LLAMA
+    | {"head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "cohere": LLAMA | {"logit_scale": 0.37},
+    "granite": LLAMA | {"logits_scaling": 2.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.3},
+    "phi": LLAMA,  # its head has a bias
+    "nanochat": LLAMA | {"final_logit_softcapping": 3.0},
+}
+
+
+def build(name: str, dtype: str = "float64") -> PreTrainedModel:
+    """Random weights, large enough that scales and caps of the logits matter."""
+    config = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | ARCHITECTURES[name]
+    lm = load_model(ModelSource(config={"model_type": name.split(",")[0], **config}, dtype=dtype))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.3)
+    return lm
+
+
+def make_rows(pad_to_multiple_of: int = 1) -> Sequences:
+    generator = torch.Generator().manual_seed(1)
+    tokens = [[torch.randint(3, V, (n,), generator=generator).numpy() for n in row] for row in ROWS]
+    return sequences([(x, y) for x, y in tokens], pad_id=0, vocab_size=V, pad_to_multiple_of=pad_to_multiple_of)
+
+
+def own_logps(lm: PreTrainedModel, rows: Sequences) -> Tensor:
+    """From the model's own logits, with plain indexing."""
+    logps = lm(rows.input_ids, attention_mask=rows.attention_mask).logits.log_softmax(-1)
+    out = []
+    for r, (prompt, completion) in enumerate(ROWS):
+        out += [logps[r, t - 1, rows.input_ids[r, t]] for t in range(prompt, prompt + completion)]
+    return torch.stack(out)
+
+
+def parameters_grad(lm: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    lm.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_log_probabilities_and_gradients_are_those_of_the_models_own_logits(name: str) -> None:
+    lm, rows = build(name), make_rows()
+    verify_head(lm, find_head(lm))
+    weights = torch.linspace(-1, 2, rows.num_scored, dtype=torch.float64)
+    truth, ours = own_logps(lm, rows), Scorer(lm)(rows).logp
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, truth, atol=1e-10, rtol=0)
+    assert truth.std() > 0.3, "logits so flat that a scale would not show"
+    theirs, mine = parameters_grad(lm, truth @ weights), parameters_grad(lm, ours @ weights)
+    assert theirs.keys() == mine.keys()
+    torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi"])
+def test_float32(name: str) -> None:
+    lm, rows = build(name, "float32"), make_rows()
+    torch.testing.assert_close(Scorer(lm)(rows).logp, own_logps(lm, rows), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2"])
+def test_padding_changes_nothing(name: str) -> None:
+    """Not exact where a model rounds to float32 inside (the norms of Gemma), whatever the dtype asked for."""
+    scorer = Scorer(build(name))
+    with torch.no_grad():
+        plain, padded = scorer(make_rows()).logp, scorer(make_rows(pad_to_multiple_of=32)).logp
+    torch.testing.assert_close(padded, plain, atol=1e-5 if name == "gemma2" else 1e-11, rtol=0)
+
+
+def test_entropy_of_the_next_token() -> None:
+    lm, rows = build("cohere"), make_rows()
+    logps = lm(rows.input_ids, attention_mask=rows.attention_mask).logits.log_softmax(-1).flatten(0, 1)
+    truth = -(logps.exp() * logps).sum(-1)[rows.predictors]
+    entropy = Scorer(lm)(rows, entropy=True).entropy
+    assert entropy is not None
+    torch.testing.assert_close(entropy, truth, atol=1e-10, rtol=0)
+    assert Scorer(lm)(rows).entropy is None
+
+
+def test_only_predictors_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("halos_pl.scoring.scorer")
+    real, seen = module.linear_logp, []
+
+    def spy(hidden: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(tuple(hidden.shape))
+        return real(hidden, *args, **options)
+
+    monkeypatch.setattr(module, "linear_logp", spy)
+    lm, rows = build("llama"), make_rows()
+    lm.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the head's own forward was called"))
+    Scorer(lm)(rows)
+    assert seen == [(sum(completion for _, completion in ROWS), 16)]
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_no_logits_of_tokens_times_vocabulary_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """V is far above everything else here, so that logits would be the largest tensor by far."""
+    vocabulary = 4096
+    lm = load_model(ModelSource(config={"model_type": "llama", **LLAMA, "vocab_size": vocabulary}))
+    rows = sequences([(torch.arange(9).numpy(), torch.arange(40).numpy())] * 2, pad_id=0, vocab_size=vocabulary)
+    with Largest() as seen:
+        Scorer(lm)(rows).logp.sum().backward()
+    scored = vocabulary * rows.num_scored
+    assert vocabulary * 16 <= seen.elements < scored
+    monkeypatch.setattr(importlib.import_module("halos_kernels.linear_logp"), "WORKSPACE_BYTES", 10_000)
+    with Largest() as seen:
+        Scorer(lm)(rows).logp.sum().backward()
+    assert seen.elements == vocabulary * 16, "the gradient of the embedding is the largest that must exist"
+    with Largest() as seen:
+        lm(rows.input_ids, attention_mask=rows.attention_mask)
+    assert seen.elements >= scored, "the measure sees logits where they exist"
