@@ -105,7 +105,10 @@ class RunReport(L.Callback):
         assert data.encoder is not None
         card = model_card(pl_module, data, self.before, self.after, steps=trainer.global_step)
         export_policy(pl_module.policy.lm, data.encoder.tokenizer, self.folder / "policy", card)
-        self.console.print(self.table())
+        if self.after:
+            self.console.print(self.table())
+        else:
+            self._print("no held-out rows: --data.validation FILE shows how they fare before and after")
         places = {
             "policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)",
             "checkpoints": self.folder / "checkpoints",
@@ -122,8 +125,6 @@ class RunReport(L.Callback):
         for name, value in self.after.items():
             old = self.before.get(name)
             table.add_row(name.removeprefix("val/"), "" if old is None else f"{old:.4g}", f"{value:.4g}")
-        if not self.after:
-            table.add_row("no held-out rows: give --data.validation", "", "")
         return table
 
 

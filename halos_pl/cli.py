@@ -33,14 +33,14 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
     "max_epochs": 1,
-    "deterministic": True,
+    "deterministic": "warn",
     "enable_model_summary": False,  # RunReport says what is trained
 }
 
 
 _CLASSES = {
-    "model.objective": {x.__name__: x for x in vars(losses).values() if isinstance(x, type) and x is not Objective},
-    "model.optimizer": {x.__name__: x for x in vars(torch.optim).values() if isinstance(x, type)},
+    f"model.{key}": {x.__name__: x for x in vars(module).values() if isinstance(x, type) and x is not base}
+    for key, module, base in (("objective", losses, Objective), ("optimizer", torch.optim, torch.optim.Optimizer))
 }
 
 
@@ -200,7 +200,7 @@ def _quieten() -> None:
 
 
 def _loggers(folder: Path) -> list[Any]:
-    """A run that goes on appends to its TensorBoard folder; CSVLogger would delete earlier rows, so it gets a new one."""
+    """A run that goes on appends to its TensorBoard folder; CSVLogger would delete its rows, so it gets a new one."""
     names = ("csv" if i == 1 else f"csv-{i}" for i in range(1, sys.maxsize))
     free = next(name for name in names if not (folder / name).exists())
     return [TensorBoardLogger(folder, name="", version="tensorboard"), CSVLogger(folder, name="", version=free)]

@@ -104,7 +104,8 @@ def batch_values(
         "completion_tokens": (scores.length, None),
     }
     if kl_raw is not None and z0 is not None:
-        values |= {"kl": (z0, None), "kl_raw": (kl_raw, None), "kl_unclamped": (kl_raw > 0, None)}
+        rows = None if batch.mismatched is None else torch.full_like(kl_raw, batch.mismatched.num_rows)
+        values |= {"kl": (z0, rows), "kl_raw": (kl_raw, rows), "kl_unclamped": (kl_raw > 0, None)}
     if scores.entropy is not None:
         values["entropy"] = (scores.entropy, None)
     if not isinstance(batch, (UnpairedBatch, PairedBatch)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import yaml
@@ -29,7 +30,7 @@ def model_card(
     name = type(objective).__name__
     base = module.source.name
     header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["halos-pl", name.lower()]}
-    if base is not None and base.count("/") <= 1 and not base.startswith((".", "/", "~")):
+    if base is not None and not Path(base).expanduser().exists():  # a name on the hub
         header["base_model"] = base
     reference = "none" if module.reference_source is None else module.reference_source.name or "random weights"
     versions = ", ".join(f"{x} {version(x)}" for x in ("lightning", "transformers"))

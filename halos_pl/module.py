@@ -257,6 +257,9 @@ class AlignmentModule(L.LightningModule):
 
 def _reference_source(objective: Objective, policy: ModelSource, reference: str) -> ModelSource | None:
     if not objective.needs_reference:
+        if reference not in ("copy", "none"):
+            name = type(objective).__name__
+            raise ValueError(f"{name} compares with no reference: leave --model.reference {reference} out")
         return None
     if reference == "none":
         if objective.reference_free == "refused":

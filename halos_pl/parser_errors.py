@@ -23,12 +23,12 @@ def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:
     """
     keys = sorted(_keys(parser, choices))
     if unknown := re.search(r"unrecognized arguments: --(\S+?)(?:[= ]|$)", message):
-        return _unknown(unknown[1], keys)
+        return _unknown(unknown[1], keys, choices)
     if unknown := re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'", message):
-        return _unknown(unknown[1] or unknown[2], keys)
+        return _unknown(unknown[1] or unknown[2], keys, choices)
     if not (at := re.search(r'(?:Parser key|Key) "([^"]+)"', message)):
         return message.strip()
-    key = at[1]
+    key = at[1] if at[1] in keys else next((x for x in keys if x.endswith(f".{at[1]}")), at[1])
     got = re.search(r"(?:Got|Given) value: (.*)", message)
     value = got[1].strip().strip("'\"") if got else ""
     if key in choices:
@@ -45,17 +45,23 @@ def _keys(parser: ArgumentParser, choices: Choices) -> set[str]:
     keys = {name.removeprefix("--") for action in parser._actions for name in action.option_strings if name[:2] == "--"}
     for key, classes in choices.items():
         for choice in classes.values():
-            keys |= {f"{key}.{name}" for name in inspect.signature(choice).parameters if name != "params"}
+            keys |= {f"{key}.{name}" for name in _parameters(choice)}
     return {key for key in keys if not key.endswith("+")}
 
 
-def _unknown(name: str, keys: Iterable[str]) -> str:
-    """A whole key, or (out of a config's nested mapping) only its last part."""
+def _unknown(name: str, keys: Iterable[str], choices: Choices) -> str:
+    """A whole key, or (out of a class's parameters) only its last part."""
     if "." in name:
         return f"unknown key --{name}{_nearest(name, keys)}"
+    if owners := [x for classes in choices.values() for x in classes if name in _parameters(classes[x])]:
+        return f"key {name!r} is a parameter of {_listed(owners)}, not of the class that is chosen"
     leaves = {key.rsplit(".", 1)[-1]: key for key in keys}
     near = difflib.get_close_matches(name, leaves, n=1)
     return f"unknown key {name!r}" + (f"; did you mean --{leaves[near[0]]}?" if near else "")
+
+
+def _parameters(choice: type) -> list[str]:
+    return [name for name in inspect.signature(choice).parameters if name != "params"]
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -204,6 +204,7 @@ def test_accumulation_changes_kto_only_through_z0(tiny_model: Path, pairs_file: 
     halves = trajectory(OBJECTIVES["kto"], tiny_model, pairs_file, accumulate=2, batch_size=BATCH // 2)
     difference = max(abs(a - b) for a, b in zip(whole, halves, strict=True))
     assert whole[0] == pytest.approx(halves[0], abs=1e-12), "policy == reference: z0 is 0 either way"
+    print(f"largest difference of a loss over {STEPS} steps: {difference:.3f} nats")
     assert 1e-6 < difference < 0.1
 
 
@@ -303,6 +304,8 @@ def test_objectives_load_only_what_they_need(tiny_model: Path) -> None:
     assert not AlignmentModule(KTO(reference_point=False), policy=str(tiny_model)).data_needs.mismatched
     with pytest.raises(ValueError, match="DPO compares policy and reference"):
         AlignmentModule(DPO(), policy=str(tiny_model), reference="none")
+    with pytest.raises(ValueError, match="SFT compares with no reference"):
+        AlignmentModule(SFT(), policy=str(tiny_model), reference=str(tiny_model))
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -382,3 +385,22 @@ def test_clipping_and_the_logged_norm(tiny_model: Path, pairs_file: Path) -> Non
         moved = torch.stack([(p - before[n]).norm() for n, p in module.named_parameters() if n in before]).norm()
         assert moved.item() == pytest.approx(LR * (norms[clip] if clip is None else clip), rel=1e-3)
     assert norms[None] == pytest.approx(norms[0.01]), "the norm before clipping"
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "32-true"), ("float32", "bf16-mixed")])
+def test_training_in_bfloat16(dtype: Any, precision: Any, tiny_model: Path, pairs_file: Path) -> None:
+    """Starts at exactly log 2, since the log-ratio of equal models is 0 in any precision, and then learns."""
+    losses = Losses()
+    module = AlignmentModule(
+        DPO(beta=0.5),
+        policy=str(tiny_model),
+        dtype=dtype,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=3e-3),
+        schedule="constant",
+        warmup=0,
+    )
+    data = AlignmentData(train=str(pairs_file), batch_size=BATCH)
+    trainer(logger=losses, max_steps=30, precision=precision).fit(module, datamodule=data)
+    assert losses.values[0] == pytest.approx(0.6931471805599453, abs=1e-7)
+    assert sum(losses.values[-6:]) / 6 < 0.6
+    assert {p.dtype for p in module.policy.parameters()} == {getattr(torch, dtype)}  # type: ignore[union-attr]

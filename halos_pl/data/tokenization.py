@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -238,7 +239,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         ValueError: where there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        folder = Path(name).expanduser()
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder if folder.is_dir() else name, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made up from a bare config.json

@@ -77,6 +77,8 @@ class ModelSource:
                 f"--model.config: model_type is {kind!r}, which transformers does not know"
                 + (f"; nearest: {', '.join(near)}" if near else "; give one, such as llama")
             )
+        if isinstance(self.config, dict):  # typed by hand
+            _refuse_unknown_keys(values, CONFIG_MAPPING[kind])
         try:
             return CONFIG_MAPPING[kind](**values)
         except Exception as error:
@@ -148,8 +150,8 @@ def _switch_dropout_off(model: PreTrainedModel) -> None:
         _zero_dropout(module)
         config = vars(module).get("config")
         if module is not model and isinstance(config, PretrainedConfig):
-            module.config = copies.setdefault(id(config), copy.deepcopy(config))
-            _zero_dropout(module.config)
+            quiet = vars(module)["config"] = copies.setdefault(id(config), copy.deepcopy(config))
+            _zero_dropout(quiet)
 
 
 def _zero_dropout(owner: object) -> None:
@@ -174,6 +176,16 @@ def _read_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "its config.json cannot be read" if looks_local else "neither a folder here nor a model on the hub"
         raise ModelError(f"{name}: {where}: {reason}") from error
+
+
+def _refuse_unknown_keys(values: dict[str, Any], config: type[PretrainedConfig]) -> None:
+    """transformers keeps any key, and its default in place of a mistyped one."""
+    known = {*config().to_dict(), *config.attribute_map}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ModelError(f"--model.config: {config.__name__} has no key {key!r}{hint}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def test_an_unknown_change_of_the_logits_is_refused(change: Callable[[Tensor], T
 
 
 def test_a_setting_that_the_model_ignores_is_refused() -> None:
-    lm = build(logit_scale=0.5)  # Llama knows no such thing
+    lm = build()
+    lm.config.logit_scale = 0.5  # Llama knows no such thing
     with pytest.raises(ModelError, match="LlamaForCausalLM computes its logits"):
         verify_head(lm, find_head(lm))
 
