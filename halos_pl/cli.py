@@ -106,6 +106,9 @@ class HalosCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, checkpoints and report of a run, where the config does not bring its own."""
+        checkpoint = self._get(self.config, "ckpt_path")
+        if checkpoint and checkpoint not in ("last", "best") and not Path(checkpoint).exists():
+            raise UsageError(f"--ckpt_path: no checkpoint {checkpoint!r}; give a file, or `last`")
         config = self._get(self.config_init, "trainer")
         writes = self.subcommand in ("fit", "predict") and not config.get("fast_dev_run")
         callbacks: list[Callback] = [] if config.get("enable_progress_bar") is False else [ProgressBar()]
@@ -144,10 +147,13 @@ class HalosCLI(LightningCLI):
             name = next(x for x in names if not (runs / x).exists())
         folder = runs / name
         used = folder.is_dir() and any(folder.iterdir())
-        if used and self.subcommand == "fit" and not self._get(self.config, "ckpt_path"):
+        checkpoint = self._get(self.config, "ckpt_path")
+        if used and self.subcommand == "fit" and not checkpoint:
             raise UsageError(
                 f"--name: {folder} holds an earlier run; go on with it (--ckpt_path last), or take another name"
             )
+        if checkpoint == "last" and not (folder / "checkpoints" / "last.ckpt").exists():
+            raise UsageError(f"--ckpt_path last: {folder} holds no checkpoint; name the run that goes on with --name")
         self.folder, self.folder_is_new = folder, not used
         return folder
 
@@ -159,8 +165,9 @@ class HalosCLI(LightningCLI):
             self.datamodule.setup(subcommand)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        for stage, dataset in self.datamodule.datasets.items():
-            print(f"{stage}: {dataset.report}")
+        if self.trainer.is_global_zero:
+            for stage, dataset in self.datamodule.datasets.items():
+                print(f"{stage}: {dataset.report}")
         try:
             super()._run_subcommand(subcommand)
         except (DataError, ModelError):

@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import halos_pl.cli  # noqa: F401  lightning's log handlers keep the stderr of their import: not one that a test captured
 from halos_pl import __version__
 from halos_pl.__main__ import COMMANDS, main
 
@@ -231,6 +232,8 @@ def test_predict_writes_scores_in_the_order_of_the_data(
         (["--data.chat_template", "tulu"], "unknown chat template 'tulu'.*did you mean 'tulu2'"),
         (["--trainer.precision", "bf16-true"], "set --model.dtype bfloat16"),
         (["--model.objective", "DPO", "--model.reference", "none"], "DPO compares policy and reference"),
+        (["--ckpt_path", "last"], "--ckpt_path last: runs/kto holds no checkpoint"),
+        (["--ckpt_path", "nowhere.ckpt"], "--ckpt_path: no checkpoint 'nowhere.ckpt'"),
     ],
 )
 def test_mistakes_are_told_in_one_message(
