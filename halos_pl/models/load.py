@@ -180,7 +180,8 @@ def _read_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
 
 def _refuse_unknown_keys(values: dict[str, Any], config: type[PretrainedConfig]) -> None:
     """transformers keeps any key, and its default in place of a mistyped one."""
-    known = {*config().to_dict(), *config.attribute_map}
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    known = {*config().to_dict(), *config.attribute_map, *PretrainedConfig().to_dict(), *special}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
