@@ -3,7 +3,7 @@
 Shape legend, used everywhere in the project:
 
     B  examples (or pairs) of a micro-batch     R  token rows: B, or 2B for pairs (chosen rows first, then rejected)
-    T  padded length of a row                   N  scored tokens of all rows (completion tokens, EOS included)
+    T  padded length of a row in its block      N  scored tokens of all rows (completion tokens, EOS included)
     M  mismatched rows (x, y′)                  V  vocabulary size            d  hidden size
 
 Log-probabilities are in nats; a sequence's log-probability is the sum over its scored tokens.
@@ -32,6 +32,8 @@ class _Carrier:
         def apply(value: object) -> object:
             if isinstance(value, Tensor):
                 return f(value)
+            if isinstance(value, tuple):
+                return tuple(map(apply, value))
             return value._map(f) if isinstance(value, _Carrier) else value
 
         return replace(self, **{x.name: apply(getattr(self, x.name)) for x in fields(self)})
@@ -47,20 +49,20 @@ class _Carrier:
 class Sequences(_Carrier):
     """Token rows and, built on the host, the place of every scored token, so that the device never searches for them.
 
-    Row r owns the scored tokens `cu_seqlens[r] : cu_seqlens[r + 1]`; `predictors[n]` is the index into the flattened
-    [R·T] positions whose hidden state predicts `targets[n]`.
+    Row r owns the scored tokens `cu_seqlens[r] : cu_seqlens[r + 1]`. Rows of like length lie together in a block and
+    are padded on the right; a row's last token is only predicted, so it is not among the inputs. There is no attention
+    mask: in a causal model no real token sees what lies to its right.
     """
 
-    input_ids: Tensor  # [R, T] int64, padded on the right
-    attention_mask: Tensor  # [R, T] int64, 1 on real tokens
-    predictors: Tensor  # [N] int64
+    blocks: tuple[Tensor, ...]  # each [R_g, T_g] int64, ΣR_g = R
+    predictors: Tensor  # [N] int64: into the positions of all blocks in a line, the one whose hidden state predicts
     targets: Tensor  # [N] int64
     cu_seqlens: Tensor  # [R + 1] int64, starts at 0
-    num_tokens: int  # real (unpadded) tokens, prompts included
+    num_tokens: int  # unpadded, prompts and last tokens included
 
     @property
     def num_rows(self) -> int:
-        return self.input_ids.shape[0]
+        return self.cu_seqlens.shape[0] - 1
 
     @property
     def num_scored(self) -> int:

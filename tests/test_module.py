@@ -173,8 +173,9 @@ def test_golden_trajectory(name: str, tiny_model: Path, pairs_file: Path) -> Non
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_padding_does_not_change_it(name: str, tiny_model: Path, pairs_file: Path) -> None:
     plain = trajectory(OBJECTIVES[name], tiny_model, pairs_file)
-    padded = trajectory(OBJECTIVES[name], tiny_model, pairs_file, pad_to_multiple_of=64)
-    assert padded == pytest.approx(plain, abs=1e-9)
+    for layout in ({"pad_to_multiple_of": 64}, {"length_groups": 1}, {"length_groups": 5}):
+        padded = trajectory(OBJECTIVES[name], tiny_model, pairs_file, **layout)
+        assert padded == pytest.approx(plain, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

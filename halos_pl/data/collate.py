@@ -29,10 +29,11 @@ class Collator:
     Args:
         view: how the objective reads feedback. Pairs become `PairedBatch` whatever the view: an unpaired objective can
             be validated on them.
-        pad_id: token id of the padding; it is never scored and never attended to.
+        pad_id: token id of the padding; it is never scored, and no real token sees it.
         vocab_size: rows of the model's head; a larger token id raises.
         max_length: rows (x, y′) are cut at their end to this many tokens.
         pad_to_multiple_of: padded lengths are rounded up to it.
+        length_groups: blocks of rows of like length.
         pair_in_batch: y′ from the same micro-batch (the paper's way) where the items bring none.
     """
 
@@ -41,6 +42,7 @@ class Collator:
     vocab_size: int
     max_length: int
     pad_to_multiple_of: int = 1
+    length_groups: int = 1
     pair_in_batch: bool = False
 
     def __call__(self, items: Sequence[Item]) -> Batch:
@@ -63,39 +65,60 @@ class Collator:
     def _sequences(self, rows: Sequence[tuple[Tokens, Tokens]]) -> Sequences:
         rows = [(prompt, completion[: self.max_length - len(prompt)]) for prompt, completion in rows]
         return sequences(
-            rows, pad_id=self.pad_id, vocab_size=self.vocab_size, pad_to_multiple_of=self.pad_to_multiple_of
+            rows,
+            pad_id=self.pad_id,
+            vocab_size=self.vocab_size,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            length_groups=self.length_groups,
         )
 
 
 def sequences(
-    rows: Sequence[tuple[Tokens, Tokens]], *, pad_id: int, vocab_size: int, pad_to_multiple_of: int = 1
+    rows: Sequence[tuple[Tokens, Tokens]],
+    *,
+    pad_id: int,
+    vocab_size: int,
+    pad_to_multiple_of: int = 1,
+    length_groups: int = 1,
 ) -> Sequences:
-    """Right-padded rows of (prompt, completion) with every completion token scored.
+    """Rows of (prompt, completion) with every completion token scored.
+
+    Args:
+        rows: token ids.
+        pad_id: fills up a block on the right.
+        vocab_size: bound of the ids.
+        pad_to_multiple_of: of a block's length.
+        length_groups: blocks, each of as many rows, sorted by length: less padding, one forward pass each.
 
     Raises:
         ValueError: an id outside [0, vocab_size), an empty prompt (its completion's first token would be predicted
             from nothing) or an empty completion.
     """
-    lengths = np.array([len(x) + len(y) for x, y in rows])
-    scored = np.array([len(y) for _, y in rows])
     for r, (x, y) in enumerate(rows):
         if not len(x) or not len(y):
             raise ValueError(f"row {r} has {len(x)} prompt and {len(y)} completion tokens; both need at least one")
-    width = -(-int(lengths.max()) // pad_to_multiple_of) * pad_to_multiple_of
-    real = np.arange(width) < lengths[:, None]
-    ids = np.full(real.shape, pad_id, np.int64)
-    ids[real] = np.concatenate([part for row in rows for part in row])
-    if (worst := ids[real].max()) >= vocab_size or ids[real].min() < 0:
+    tokens = [np.concatenate(row).astype(np.int64) for row in rows]
+    if (worst := max(row.max() for row in tokens)) >= vocab_size or (worst := min(row.min() for row in tokens)) < 0:
         raise ValueError(f"token id {worst} outside the model's vocabulary of {vocab_size}")
-    is_scored = real & (np.arange(width) >= (lengths - scored)[:, None])
-    places = np.flatnonzero(is_scored)
+    lengths = np.array([len(row) - 1 for row in tokens])  # the last token is only predicted
+    scored = np.array([len(y) for _, y in rows])
+    blocks, place = [], np.empty_like(lengths)  # place of a row's first token among the positions of all blocks
+    end = 0
+    for group in np.array_split(np.argsort(lengths, kind="stable"), min(length_groups, len(rows))):
+        width = -(-int(lengths[group].max()) // pad_to_multiple_of) * pad_to_multiple_of
+        block = np.full((len(group), width), pad_id, np.int64)
+        block[np.arange(width) < lengths[group, None]] = np.concatenate([tokens[r][:-1] for r in group])
+        place[group] = end + width * np.arange(len(group))
+        end += block.size
+        blocks.append(torch.from_numpy(block))
+    starts = np.concatenate([[0], np.cumsum(scored)])
+    first = place + lengths - scored  # a row's last prompt token predicts its first completion token
     return Sequences(
-        input_ids=torch.from_numpy(ids),
-        attention_mask=torch.from_numpy(real.astype(np.int64)),
-        predictors=torch.from_numpy(places - 1),
-        targets=torch.from_numpy(ids.reshape(-1)[places]),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(scored)])),
-        num_tokens=int(lengths.sum()),
+        blocks=tuple(blocks),
+        predictors=torch.from_numpy(np.repeat(first - starts[:-1], scored) + np.arange(starts[-1])),
+        targets=torch.from_numpy(np.concatenate([y for _, y in rows]).astype(np.int64)),
+        cu_seqlens=torch.from_numpy(starts),
+        num_tokens=int(lengths.sum()) + len(rows),
     )
 
 

@@ -53,6 +53,8 @@ class AlignmentData(L.LightningDataModule):
         seed: Of order, y′ and random members.
         num_workers: Worker processes of the loaders; rows and order do not depend on it.
         pad_to_multiple_of: Padded row lengths are rounded up to it.
+        length_groups: Rows of a micro-batch are padded, and run, in this many groups of like length. More groups mean
+            less padding and more passes; the numbers do not depend on it.
     """
 
     def __init__(
@@ -78,12 +80,14 @@ class AlignmentData(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         pad_to_multiple_of: int = 1,
+        length_groups: int = 2,
     ) -> None:
         super().__init__()
         sizes = (
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
             ("pad_to_multiple_of", pad_to_multiple_of),
+            ("length_groups", length_groups),
         )
         for name, value in sizes:
             if value is not None and value < 1:
@@ -98,7 +102,8 @@ class AlignmentData(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.mismatch, self.unpair, self.sampler = mismatch, unpair, sampler
         self.shuffle_labels, self.on_bad_row, self.seed = shuffle_labels, on_bad_row, seed
-        self.num_workers, self.pad_to_multiple_of = num_workers, pad_to_multiple_of
+        self.num_workers, self.length_groups = num_workers, length_groups
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.datasets: dict[Stage, FeedbackDataset] = {}
         self.needs: DataNeeds | None = None
         self.encoder: CompletionTokenizer | None = None
@@ -197,6 +202,7 @@ class AlignmentData(L.LightningDataModule):
             vocab_size=self.needs.vocab_size,
             max_length=self.encoder.max_length,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            length_groups=self.length_groups,
             pair_in_batch=self.needs.mismatched and self.mismatch == "batch",
         )
         return DataLoader(

@@ -73,19 +73,24 @@ def verify_head(model: PreTrainedModel, head: Head, *, atol: float = 1e-3) -> No
             largest logit.
 
     Raises:
-        ModelError: the model's logits are not those of `Head`: its log-probabilities would be wrong.
+        ModelError: the model's logits are not those of `Head`, or a token sees what lies to its right (rows are padded
+            there, without a mask): its log-probabilities would be wrong.
     """
     training, weight = model.training, head.weight.float()
     ids = torch.arange(4, device=weight.device)[None] % weight.shape[0]
+    longer = torch.cat([ids, ids[:, :1]], dim=1)
     model.eval()
     try:
         hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+        again = backbone(model)(input_ids=longer, use_cache=False).last_hidden_state[:, :-1]
         largest = (hidden.float() @ weight.T * head.scale).abs().max().item()
         gain = max(1.0, 10 / max(largest, 1e-6))
         with head.linear.register_forward_pre_hook(lambda module, args: (args[0] * gain,)):
             own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     finally:
         model.train(training)
+    if not torch.allclose(hidden.float(), again.float(), atol=1e-2 * hidden.float().abs().max().item(), rtol=0):
+        raise ModelError(f"{type(model).__name__} is not causal: a token's hidden state depends on what follows it")
     logits = (hidden * gain).float() @ weight.T
     if head.bias is not None:
         logits = logits + head.bias.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from halos_kernels import LogpOut, linear_logp
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,10 +26,9 @@ class Scorer(nn.Module):
 
     def forward(self, rows: Sequences, *, entropy: bool = False) -> LogpOut:
         """Log-probability [N] of every scored token, in nats (and the entropy [N] of its distribution)."""
-        hidden = backbone(self.lm)(
-            input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False
-        ).last_hidden_state
-        predicting = hidden.flatten(0, 1).index_select(0, rows.predictors)
+        body = backbone(self.lm)
+        hidden = [body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in rows.blocks]
+        predicting = (hidden[0] if len(hidden) == 1 else torch.cat(hidden)).index_select(0, rows.predictors)
         head = find_head(self.lm)
         return linear_logp(
             predicting,

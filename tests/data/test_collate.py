@@ -22,28 +22,42 @@ def example(prompt: Tokens, completion: Tokens, desirable: bool | None = True, r
     return Example(prompt, completion, desirable, prompt.tobytes(), completion.tobytes(), Origin("f.jsonl", row))
 
 
+LENGTHS = [(3, 2), (1, 4), (7, 1), (2, 9), (1, 1), (4, 4), (5, 3)]
 ROWS = [(tokens(5, 6, 7), tokens(8, 9)), (tokens(4), tokens(3, 2, 1, 2))]
 
 
 def test_sequences_by_hand() -> None:
     rows = sequences(ROWS, pad_id=0, vocab_size=10)
-    assert rows.input_ids.tolist() == [[5, 6, 7, 8, 9], [4, 3, 2, 1, 2]]
-    assert rows.attention_mask.tolist() == [[1] * 5, [1] * 5]
-    assert rows.predictors.tolist() == [2, 3, 5, 6, 7, 8], "the position before each scored token"
+    assert [block.tolist() for block in rows.blocks] == [[[5, 6, 7, 8], [4, 3, 2, 1]]], (
+        "the last token is only predicted"
+    )
+    assert rows.predictors.tolist() == [2, 3, 4, 5, 6, 7], "the position before each scored token"
     assert rows.targets.tolist() == [8, 9, 3, 2, 1, 2]
     assert rows.cu_seqlens.tolist() == [0, 2, 6]
     assert rows.num_tokens == 10
 
 
+def test_length_groups_by_hand() -> None:
+    rows = sequences([ROWS[1], (tokens(1, 1), tokens(9)), ROWS[0]], pad_id=0, vocab_size=10, length_groups=2)
+    assert [block.tolist() for block in rows.blocks] == [[[1, 1, 0, 0], [4, 3, 2, 1]], [[5, 6, 7, 8]]]
+    assert rows.predictors.tolist() == [4, 5, 6, 7, 1, 10, 11], "row by row, wherever the rows lie"
+    assert rows.targets.tolist() == [3, 2, 1, 2, 9, 8, 9]
+    assert rows.cu_seqlens.tolist() == [0, 4, 5, 7]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 50])
 @pytest.mark.parametrize("multiple", [1, 4, 16])
-def test_padding_moves_nothing_that_is_scored(multiple: int) -> None:
-    short = [*ROWS, (tokens(1, 1), tokens(9))]
-    rows = sequences(short, pad_id=0, vocab_size=10, pad_to_multiple_of=multiple)
-    assert rows.input_ids.shape[1] == -(-5 // multiple) * multiple
-    flat = rows.input_ids.flatten()
-    assert flat[rows.predictors + 1].tolist() == rows.targets.tolist() == [8, 9, 3, 2, 1, 2, 9]
-    assert rows.attention_mask.sum().item() == rows.num_tokens == 13
-    assert (rows.input_ids[rows.attention_mask == 0] == 0).all()
+def test_layout_moves_nothing_that_is_scored(multiple: int, groups: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(1, 99, n).astype(np.int32), rng.integers(1, 99, m).astype(np.int32)) for n, m in LENGTHS]
+    laid = sequences(rows, pad_id=0, vocab_size=99, pad_to_multiple_of=multiple, length_groups=groups)
+    assert all(block.shape[1] % multiple == 0 for block in laid.blocks)
+    assert len(laid.blocks) == min(groups, len(rows))
+    line = torch.cat([block.flatten() for block in laid.blocks])
+    before = [np.concatenate(row)[len(row[0]) - 1 : -1].tolist() for row in rows]
+    assert line[laid.predictors].tolist() == [token for row in before for token in row]
+    assert laid.targets.tolist() == [token for _, y in rows for token in y.tolist()]
+    assert (line != 0).sum().item() == sum(n + m - 1 for n, m in LENGTHS)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +87,16 @@ def test_unpaired_batch() -> None:
     assert batch.desirable.tolist() == [True, False]
     assert batch.completions.targets.tolist() == [3, 5, 6]
     assert batch.mismatched is not None
-    assert batch.mismatched.input_ids.tolist() == [[1, 2, 7, 8], [4, 3, 0, 0]]
+    assert batch.mismatched.blocks[0].tolist() == [[4, 0, 0], [1, 2, 7]]
+    assert batch.mismatched.targets.tolist() == [7, 8, 3]
 
 
 def test_mismatched_rows_are_cut_to_the_maximum_length() -> None:
     item = Item((example(tokens(1, 2, 3, 4, 5, 6), tokens(7)),), (tokens(11, 12, 13, 14),))
     batch = collator()([item])
     assert batch.mismatched is not None
-    assert batch.mismatched.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 11, 12]]
+    assert batch.mismatched.blocks[0].tolist() == [[1, 2, 3, 4, 5, 6, 11]]
+    assert batch.mismatched.targets.tolist() == [11, 12]
 
 
 def test_paired_batch_is_chosen_rows_then_rejected() -> None:
@@ -102,7 +118,7 @@ def test_pairing_inside_the_batch() -> None:
     rows = [(tokens(1), tokens(2)), (tokens(1), tokens(3)), (tokens(4), tokens(5)), (tokens(6), tokens(7))]
     batch = collator(pair_in_batch=True)([Item((example(x, y),)) for x, y in rows])
     assert batch.mismatched is not None
-    prompts = batch.mismatched.input_ids[:, 0].tolist()
+    prompts = batch.mismatched.blocks[0][:, 0].tolist()
     partners = batch.mismatched.targets.tolist()
     owner = {2: 1, 3: 1, 5: 4, 7: 6}
     assert prompts == [1, 1, 4, 6]
@@ -121,6 +137,6 @@ def test_batches_move_as_one(tmp_path: Path) -> None:
     batch = collator()([item]).to(torch.device("meta"))
     assert isinstance(batch, UnpairedBatch)
     assert batch.desirable.is_meta
-    assert batch.completions.input_ids.is_meta
+    assert batch.completions.blocks[0].is_meta
     assert batch.mismatched is not None
     assert batch.mismatched.targets.is_meta

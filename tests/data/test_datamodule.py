@@ -271,7 +271,7 @@ def test_a_stage_without_data_says_which_option(stage: str, tiny_model: Path) ->
         setup(tiny_model, stage)
 
 
-@pytest.mark.parametrize("option", ["batch_size", "eval_batch_size", "pad_to_multiple_of"])
+@pytest.mark.parametrize("option", ["batch_size", "eval_batch_size", "pad_to_multiple_of", "length_groups"])
 def test_sizes_must_be_positive(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
         AlignmentData(**{option: 0})  # type: ignore[arg-type]

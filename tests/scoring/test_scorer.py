@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,6 +38,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+ROUNDS = ("gemma2", "cohere")
+"""Models whose norms round to float32 whatever the dtype: a row alone and a row beside others differ by that."""
+
+
 def build(name: str, dtype: str = "float64") -> PreTrainedModel:
     """Random weights, large enough that scales and caps of the logits matter."""
     config = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | ARCHITECTURES[name]
@@ -48,19 +53,27 @@ def build(name: str, dtype: str = "float64") -> PreTrainedModel:
     return lm
 
 
-def make_rows(pad_to_multiple_of: int = 1) -> Sequences:
+def make_tokens() -> list[tuple[Any, Any]]:
     generator = torch.Generator().manual_seed(1)
-    tokens = [[torch.randint(3, V, (n,), generator=generator).numpy() for n in row] for row in ROWS]
-    return sequences([(x, y) for x, y in tokens], pad_id=0, vocab_size=V, pad_to_multiple_of=pad_to_multiple_of)
+    return [
+        (torch.randint(3, V, (x,), generator=generator).numpy(), torch.randint(3, V, (y,), generator=generator).numpy())
+        for x, y in ROWS
+    ]
 
 
-def own_logps(lm: PreTrainedModel, rows: Sequences) -> Tensor:
-    """From the model's own logits, with plain indexing."""
-    logps = lm(rows.input_ids, attention_mask=rows.attention_mask).logits.log_softmax(-1)
-    out = []
-    for r, (prompt, completion) in enumerate(ROWS):
-        out += [logps[r, t - 1, rows.input_ids[r, t]] for t in range(prompt, prompt + completion)]
-    return torch.stack(out)
+def make_rows(**options: int) -> Sequences:
+    return sequences(make_tokens(), pad_id=0, vocab_size=V, **options)
+
+
+def own_distributions(lm: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
+    """From the model's own logits, a row at a time, without padding: [n, V] log-probabilities and [n] scored tokens."""
+    for prompt, completion in make_tokens():
+        ids = torch.tensor([*prompt, *completion])
+        yield lm(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1), ids[len(prompt) :]
+
+
+def own_logps(lm: PreTrainedModel) -> Tensor:
+    return torch.cat([logps[torch.arange(len(ids)), ids] for logps, ids in own_distributions(lm)])
 
 
 def parameters_grad(lm: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
@@ -74,34 +87,35 @@ def test_log_probabilities_and_gradients_are_those_of_the_models_own_logits(name
     lm, rows = build(name), make_rows()
     verify_head(lm, find_head(lm))
     weights = torch.linspace(-1, 2, rows.num_scored, dtype=torch.float64)
-    truth, ours = own_logps(lm, rows), Scorer(lm)(rows).logp
+    truth, ours = own_logps(lm), Scorer(lm)(rows).logp
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, truth, atol=1e-10, rtol=0)
     assert truth.std() > 0.3, "logits so flat that a scale would not show"
     theirs, mine = parameters_grad(lm, truth @ weights), parameters_grad(lm, ours @ weights)
     assert theirs.keys() == mine.keys()
-    torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+    tolerance = 1e-6 if name in ROUNDS else 1e-9
+    torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi"])
 def test_float32(name: str) -> None:
     lm, rows = build(name, "float32"), make_rows()
-    torch.testing.assert_close(Scorer(lm)(rows).logp, own_logps(lm, rows), atol=2e-5, rtol=0)
+    torch.testing.assert_close(Scorer(lm)(rows).logp, own_logps(lm), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2"])
 def test_padding_changes_nothing(name: str) -> None:
-    """Not exact where a model rounds to float32 inside (the norms of Gemma), whatever the dtype asked for."""
     scorer = Scorer(build(name))
     with torch.no_grad():
-        plain, padded = scorer(make_rows()).logp, scorer(make_rows(pad_to_multiple_of=32)).logp
-    torch.testing.assert_close(padded, plain, atol=1e-5 if name == "gemma2" else 1e-11, rtol=0)
+        plain = scorer(make_rows()).logp
+        for options in ({"pad_to_multiple_of": 32}, {"length_groups": 2}, {"length_groups": 9}):
+            padded = scorer(make_rows(**options)).logp
+            torch.testing.assert_close(padded, plain, atol=1e-5 if name in ROUNDS else 1e-11, rtol=0)
 
 
 def test_entropy_of_the_next_token() -> None:
     lm, rows = build("cohere"), make_rows()
-    logps = lm(rows.input_ids, attention_mask=rows.attention_mask).logits.log_softmax(-1).flatten(0, 1)
-    truth = -(logps.exp() * logps).sum(-1)[rows.predictors]
+    truth = torch.cat([-(logps.exp() * logps).sum(-1) for logps, _ in own_distributions(lm)])
     entropy = Scorer(lm)(rows, entropy=True).entropy
     assert entropy is not None
     torch.testing.assert_close(entropy, truth, atol=1e-10, rtol=0)
@@ -150,5 +164,5 @@ def test_no_logits_of_tokens_times_vocabulary_exist(monkeypatch: pytest.MonkeyPa
         Scorer(lm)(rows).logp.sum().backward()
     assert seen.elements == vocabulary * 16, "the gradient of the embedding is the largest that must exist"
     with Largest() as seen:
-        lm(rows.input_ids, attention_mask=rows.attention_mask)
+        lm(rows.blocks[0])
     assert seen.elements >= scored, "the measure sees logits where they exist"
