@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from halos_pl.data import AlignmentData
+from halos_pl.losses import KTO
 from halos_pl.model_card import model_card
 from halos_pl.models import ModelError, export_policy
 from halos_pl.module import AlignmentModule
@@ -71,6 +74,9 @@ class RunReport(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, AlignmentModule)
         self._print(describe(pl_module))
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, AlignmentData) and isinstance(pl_module.objective, KTO):
+            self._print(balance(pl_module.objective, data.datasets["train"].labels))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.measured_at = trainer.global_step
@@ -178,6 +184,23 @@ def describe(module: AlignmentModule) -> str:
     if module.reference_source is not None:
         lines.append(f"reference: {module.reference_source.name or 'random weights'}, frozen")
     return "\n".join([*lines, f"objective: {module.objective}"])
+
+
+def balance(objective: KTO, desirable: NDArray[np.bool_]) -> str:
+    """How much the two classes weigh, with a note outside the range that the KTO paper advises.
+
+    Args:
+        objective: its weights.
+        desirable: [rows] labels.
+    """
+    up = objective.desirable_weight * int(desirable.sum())
+    down = objective.undesirable_weight * int((~desirable).sum())
+    if not up or not down:
+        return "balance: one class has no weight"
+    note = (
+        "" if 0.95 <= up / down <= 1.4 else "; the paper advises 1 to 4/3: set desirable_weight or undesirable_weight"
+    )
+    return f"balance: desirable rows weigh {up / down:.2f} times the undesirable ones{note}"
 
 
 def _held_out(trainer: L.Trainer) -> Metrics:

@@ -30,7 +30,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "halos_pl.model_card": {"halos_pl", "halos_pl.data", "halos_pl.module", "yaml"},
     "halos_pl.callbacks": {
-        *("halos_pl.data", "halos_pl.model_card", "halos_pl.models", "halos_pl.module", "lightning", "rich"),
+        *("halos_pl.data", "halos_pl.losses", "halos_pl.model_card", "halos_pl.models", "halos_pl.module"),
+        *("lightning", "numpy", "rich"),
     },
     "halos_pl.config_files": set(),
     "halos_pl.parser_errors": {"jsonargparse"},
