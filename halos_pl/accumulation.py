@@ -20,6 +20,10 @@ class StepMean:
     """
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget a window that was never finished."""
         self.first: int | Tensor | None = None  # global count of the window's first micro-batch
         self.total: int | Tensor = 0  # global count of the window so far
 

@@ -142,6 +142,7 @@ class DataNeeds:
     view: View
     mismatched: bool  # rows (x, y′) for the reference point
     tokenizer: str  # folder or hub name, unless the data module names its own
-    vocab_size: int  # rows of the model's head
-    max_positions: int | None  # of the model; None where its configuration sets no limit
+    vocab_size: int  # rows of the smaller head of policy and reference
+    max_positions: int | None  # of the shorter of the two; None where no configuration sets a limit
+    reference: str | None = None  # folder or hub name, where it is another than the policy's
     trust_remote_code: bool = False

@@ -29,17 +29,22 @@ class ProgressBar(TQDMProgressBar):
 
     shown = ("loss", "kl", "rewards/margin", "tokens_per_second")
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._read: tuple[int, dict[str, Any]] = (-1, {})
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        logged = trainer.callback_metrics
-        return {
-            name.removeprefix("rewards/").replace("tokens_per_second", "tok/s"): f"{float(logged[key]):.4g}"
-            for name in self.shown
-            if (key := f"train/{name}") in logged
-        }
+        """Read off the device once a logged step, not once a refresh."""
+        step = trainer.global_step // max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if step != self._read[0]:
+            names = {f"train/{name}": name.removeprefix("rewards/") for name in self.shown}
+            logged = {names[key]: value for key, value in trainer.callback_metrics.items() if key in names}
+            self._read = step, {name: f"{float(value):.4g}" for name, value in logged.items()}
+        return self._read[1]
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the latest state, the one at the end of training included, wherever in an epoch that is."""
+    """Keeps the latest state, wherever in an epoch training ends, also by an interrupt or an error."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step:
@@ -83,6 +88,8 @@ class RunReport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Where training ended between two validations, measure what is exported."""
+        if not trainer.global_step:
+            return
         if trainer.enable_validation and self.measured_at != trainer.global_step:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -90,7 +97,10 @@ class RunReport(L.Callback):
         self.after = _held_out(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module)
+        if trainer.global_step:
+            self._write(trainer, pl_module)
+        else:
+            self._print("nothing was trained, so nothing is exported")
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self.before}
@@ -115,12 +125,12 @@ class RunReport(L.Callback):
             self.console.print(self.table())
         else:
             self._print("no held-out rows: --data.validation FILE shows how they fare before and after")
-        places = {
-            "policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)",
-            "checkpoints": self.folder / "checkpoints",
-            "curves": f"tensorboard --logdir {self.folder}  ({self.folder / 'csv' / 'metrics.csv'})",
-            "settings": self.folder / "config.yaml",
-        }
+        places = {"policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)"}
+        if trainer.checkpoint_callback is not None:
+            places["checkpoints"] = str(self.folder / "checkpoints")
+        if logs := [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]:
+            places["curves"] = ", ".join(logs)
+        places["settings"] = str(self.folder / "config.yaml")
         self._print("\n".join(f"{name:12} {place}" for name, place in places.items()))
 
     def table(self) -> Table:
@@ -151,7 +161,7 @@ class PredictionFile(BasePredictionWriter):
     ) -> None:
         data = getattr(trainer, "datamodule", None)
         assert isinstance(data, AlignmentData)
-        rows = iter(data.datasets["test"].rows)
+        rows = iter(data.datasets["predict"].rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", encoding="utf-8") as file:
             for scores in predictions:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import transformers
+from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.trainer import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl import losses
 from halos_pl.callbacks import LastCheckpoint, PredictionFile, ProgressBar, RunReport
@@ -26,9 +28,9 @@ from halos_pl.losses import Objective
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 from halos_pl.parser_errors import explain
+from halos_pl.run_folder import ENV, RunError, RunFolder, claim, find_checkpoint
 
 TRAINER_DEFAULTS = {
-    "use_distributed_sampler": False,  # AlignmentData cuts its order over the ranks itself
     "num_sanity_val_steps": -1,  # all held-out rows: the state before training
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
@@ -66,8 +68,7 @@ class HalosCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict`, with everything a run leaves under `runs/NAME/`."""
 
     def __init__(self) -> None:
-        self.folder: Path | None = None
-        self.folder_is_new = False
+        self.folder: RunFolder | None = None
         super().__init__(
             AlignmentModule,
             AlignmentData,
@@ -81,13 +82,18 @@ class HalosCLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything", type=NonNegativeInt, default=0, help="Of order, y′, random weights and members."
+        )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--name", type=str | None, default=None, help="Of the run's folder. Default: the objective, numbered."
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "model.init_seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.init_seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -98,22 +104,40 @@ class HalosCLI(LightningCLI):
                 raise
             raise UsageError(explain(str(error), self._subcommand_parsers[command], _CLASSES)) from None
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let hyper-parameters stored in the checkpoint override the command line; none are stored."""
+        options = self.config[self.config.subcommand]
+        if options.ckpt_path is None:
+            return
+        path = find_checkpoint(options.ckpt_path, options.runs, options.name)
+        options.ckpt_path = str(path)
+
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:  # what our constructors say of values that they refuse
-            raise UsageError(str(error)) from error
+        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
+            raise UsageError(str(error)) from error  # what constructors say of values that they refuse
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer with the loggers, checkpoints and report of a run, where the config does not bring its own."""
-        checkpoint = self._get(self.config, "ckpt_path")
-        if checkpoint and checkpoint not in ("last", "best") and not Path(checkpoint).exists():
-            raise UsageError(f"--ckpt_path: no checkpoint {checkpoint!r}; give a file, or `last`")
+        """The trainer with the loggers, checkpoints and report of a run, where the config does not bring its own.
+
+        All data are read and checked first, so that a folder is made only for a run that can begin.
+        """
+        self._read_data()
         config = self._get(self.config_init, "trainer")
-        writes = self.subcommand in ("fit", "predict") and not config.get("fast_dev_run")
-        callbacks: list[Callback] = [] if config.get("enable_progress_bar") is False else [ProgressBar()]
-        if writes:
-            folder = self._run_folder()
+        if config.get("default_root_dir") is not None:
+            raise UsageError("--trainer.default_root_dir: runs go to the folder of --runs")
+        own = config.get("callbacks") or []
+        callbacks: list[Callback] = own if isinstance(own, list) else [own]
+        plain = config.get("fast_dev_run") or config.get("barebones")
+        if config.get("enable_progress_bar") is not False and not config.get("barebones"):
+            callbacks.append(ProgressBar())
+        if self.subcommand != "fit" or plain:
+            self.save_config_callback = None
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = False
+        if self.subcommand in ("fit", "predict") and not plain:
+            folder = self._claim_folder()
             kwargs["default_root_dir"] = str(folder)
             if self.subcommand == "predict":
                 callbacks.append(PredictionFile(folder / "predictions.jsonl"))
@@ -121,72 +145,83 @@ class HalosCLI(LightningCLI):
                 callbacks.append(RunReport(folder))
                 if config.get("enable_checkpointing") is not False:
                     callbacks += self._checkpoints(folder)
-        if self.subcommand != "fit":
-            self.save_config_callback = None
-        if config.get("logger") in (None, True):
-            kwargs["logger"] = _loggers(folder) if writes and self.subcommand == "fit" else False
-        kwargs["callbacks"] = [*(config.get("callbacks") or []), *callbacks]
-        return super().instantiate_trainer(**kwargs)
+                if "logger" in kwargs and config.get("logger") is not False:
+                    kwargs["logger"] = _loggers(folder)
+        kwargs["callbacks"] = callbacks
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except Exception:
+            self._release_folder()
+            raise
+
+    def _read_data(self) -> None:
+        self.datamodule.needs = self.model.data_needs
+        self.datamodule.setup(self.subcommand)
+        for stage, dataset in self.datamodule.datasets.items():
+            rank_zero_only(print)(f"{stage}: {dataset.report}")
+
+    def _claim_folder(self) -> Path:
+        """A new folder; the same one for a run that goes on from its own checkpoint, and for predictions beside it."""
+        options = self.config[self.subcommand]
+        goes_on = False
+        if options.name is not None:
+            own = Path(options.runs, options.name).resolve()
+            from_itself = options.ckpt_path is not None and own in Path(options.ckpt_path).resolve().parents
+            goes_on = from_itself or self.subcommand == "predict"
+        default = type(self.model.objective).__name__.lower()
+        self.folder = claim(options.runs, options.name, default, goes_on=goes_on)
+        return self.folder.path
+
+    def _release_folder(self) -> None:
+        if self.folder is not None:
+            self.folder.release()
 
     def _checkpoints(self, folder: Path) -> list[Callback]:
         """The last state and, with held-out rows, the best one. Checkpoints are step-named, so that none is overwritten
         in place."""
         where = folder / "checkpoints"
-        last = LastCheckpoint(where, filename="{step}", save_last="link", enable_version_counter=False)
+        last = LastCheckpoint(
+            where, filename="{step}", save_last="link", enable_version_counter=False, save_on_exception=True
+        )
         if self.datamodule.sources["validation"][0] is None:
             return [last]
         return [last, ModelCheckpoint(where, "best-{step}", monitor="val/loss", save_on_train_epoch_end=False)]
 
-    def _run_folder(self) -> Path:
-        """runs/NAME. A name in use is refused, unless the run goes on from its own checkpoint; without a name the
-        first free one is taken. Nothing is created before the data have been read."""
-        runs, name = Path(self._get(self.config, "runs")), self._get(self.config, "name")
-        if name is None:
-            base = type(self.model.objective).__name__.lower()
-            names = (base if i == 1 else f"{base}-{i}" for i in range(1, sys.maxsize))
-            name = next(x for x in names if not (runs / x).exists())
-        folder = runs / name
-        used = folder.is_dir() and any(folder.iterdir())
-        checkpoint = self._get(self.config, "ckpt_path")
-        if used and self.subcommand == "fit" and not checkpoint:
-            raise UsageError(
-                f"--name: {folder} holds an earlier run; go on with it (--ckpt_path last), or take another name"
-            )
-        if checkpoint == "last" and not (folder / "checkpoints" / "last.ckpt").exists():
-            raise UsageError(f"--ckpt_path last: {folder} holds no checkpoint; name the run that goes on with --name")
-        self.folder, self.folder_is_new = folder, not used
-        return folder
-
     def _run_subcommand(self, subcommand: str) -> None:
-        """Read and check all data before a model is loaded or a folder is made; leave no folder of a run that never
-        began."""
-        self.datamodule.needs = self.model.data_needs
-        try:
-            self.datamodule.setup(subcommand)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        if self.trainer.is_global_zero:
-            for stage, dataset in self.datamodule.datasets.items():
-                print(f"{stage}: {dataset.report}")
+        """Leave no folder of a run that never began; errors of that time are the user's, told in one message."""
+        untrained = subcommand != "fit" and self.config[subcommand].ckpt_path is None
+        if untrained and self.model.reference_source == self.model.source:
+            rank_zero_only(print)(
+                "note: the reference is the policy itself, all log-ratios are 0: see --model.reference"
+            )
         try:
             super()._run_subcommand(subcommand)
-        except (DataError, ModelError):
-            if self.folder is not None and self.folder_is_new and not self.trainer.global_step:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                with suppress(OSError):  # not empty: other runs
-                    self.folder.parent.rmdir()
-            raise
+        except (ValueError, MisconfigurationException) as error:
+            if self.trainer.global_step and not isinstance(error, (DataError, ModelError)):
+                raise
+            if not self.trainer.global_step:
+                self._release_folder()
+            raise UsageError(str(error)) from error
 
 
 def run(argv: list[str]) -> int:
-    """Run a command of LightningCLI; status 2 is a mistake of the user's, told on stderr in one message."""
+    """Run a command of LightningCLI.
+
+    Returns:
+        0; 2 for a mistake of the user's, told on stderr in one message; 143 where SIGTERM ended the run.
+    """
     _quieten()
     try:
         sys.argv[1:] = resolve_configs(argv)  # ranks that Lightning launches parse it again
         HalosCLI()
-    except (UsageError, ConfigNotFound, DataError, ModelError) as error:
+    except SIGTERMException:
+        print("halos_pl: ended by SIGTERM; go on with --ckpt_path last", file=sys.stderr)
+        return 143
+    except (UsageError, ConfigNotFound, RunError, DataError, ModelError) as error:
         print(f"halos_pl: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        os.environ.pop(ENV, None)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,7 @@ from halos_pl.batch import Batch, CompletionLogps, PairedBatch, UnpairedBatch
 
 FORMULAS = {
     "loss": "mean of the objective's losses over examples (over scored tokens for SFT)",
-    "kl": "z0, the reference point in force: max(0, kl_raw) (kl_raw itself without a reference)",
+    "kl": "z0, the reference point in force: max(0, kl_raw) of each micro-batch (kl_raw itself without a reference)",
     "kl_raw": "mean r(x, y′) over mismatched completions, before the clamp at 0",
     "kl_unclamped": "share of micro-batches whose kl_raw is above 0",
     "rewards/desirable": "mean implied reward β·r over desirable (chosen) completions",
@@ -26,11 +27,11 @@ FORMULAS = {
     "token_nll": "mean −log-probability of a scored token under the policy, nats",
     "entropy": "mean entropy of the policy's next-token distribution at scored tokens, nats (log_entropy)",
     "completion_tokens": "mean scored tokens of a completion, EOS included",
-    "grad_norm": "Euclidean norm of the gradient of all trained parameters before clipping, at the logged step",
+    "grad_norm": "mean over the steps since the last log of the Euclidean norm of the whole gradient, before clipping",
     "lr": "learning rate of the first parameter group",
     "tokens_per_second": "unpadded tokens of x, y and y′ that were trained on a second, over all ranks",
 }
-"""Logged under `train/` and `val/` (the last three under `train/` only)."""
+"""Logged under `train/`, `val/` and `test/` (the last three under `train/` only)."""
 
 Values = Mapping[str, tuple[Tensor, Tensor | None]]
 """name → (values, weights or None): what enters a mean, [any] each. A weight of 0 leaves a value out without a sync."""
@@ -65,7 +66,7 @@ class Averages(Metric):
                 self.weight[k] += value.numel()
             else:
                 weight = weight.double()
-                self.total[k] += (value * weight).sum()
+                self.total[k] += torch.where(weight > 0, value * weight, 0.0).sum()  # inf of weight 0 is not NaN
                 self.weight[k] += weight.sum()
 
     def compute(self) -> dict[str, Tensor]:
@@ -125,3 +126,22 @@ def batch_values(
         gain = scores.logratio > (0 if z0 is None else z0)
         values["rewards/accuracy"] = (gain == desirable, None)
     return values
+
+
+class TokenClock:
+    """Tokens a second on this rank since the last restart, in host time."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def add(self, batch: Batch) -> None:
+        self.tokens += batch.completions.num_tokens + (batch.mismatched.num_tokens if batch.mismatched else 0)
+
+    def rate(self) -> float:
+        """Tokens a second; begins anew."""
+        rate = self.tokens / max(time.perf_counter() - self.since, 1e-9)
+        self.restart()
+        return rate

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import copy
-import time
+import math
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+from halos_kernels import seq_logratio
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from transformers import get_scheduler
 
+from halos_pl import resume
 from halos_pl.accumulation import StepMean
 from halos_pl.batch import Batch, CompletionLogps, DataNeeds, PairedBatch, Sequences, UnpairedBatch
 from halos_pl.losses import KTO, Objective
-from halos_pl.metrics import Averages, batch_values
-from halos_pl.models import ModelError, ModelSource, enable_checkpointing, find_head, load_model, verify_head
+from halos_pl.metrics import Averages, TokenClock, batch_values
+from halos_pl.models import (
+    ModelError,
+    ModelSource,
+    check_precision,
+    enable_checkpointing,
+    find_head,
+    load_model,
+    verify_head,
+)
+from halos_pl.schedule import Schedule, learning_rate
 from halos_pl.scoring import Scorer, compare, global_mean, per_token, reference_point
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -71,43 +81,44 @@ class AlignmentModule(L.LightningModule):
         trust_remote_code: bool = False,
         init_seed: int = 0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
-        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        schedule: Schedule = "cosine",
         warmup: int | float = 0.1,
         log_entropy: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective must be an instance such as KTO(beta=0.1), got {objective!r}")
         self.source = ModelSource(policy, config, dtype, dropout, attn_implementation, trust_remote_code, init_seed)
         self.reference_source = _reference_source(objective, self.source, reference)
         tokenizer = tokenizer or policy
         if tokenizer is None:
             raise ValueError("--model.config brings no tokenizer: name one with --model.tokenizer FOLDER_OR_HUB_NAME")
-        if warmup < 0 or (warmup >= 1 and warmup != int(warmup)):
+        if not 0 <= warmup < math.inf or (warmup >= 1 and warmup != int(warmup)):
             raise ValueError(f"warmup must be a share in [0, 1) or a number of steps from 1 on, got {warmup}")
         self.objective, self.schedule, self.warmup = objective, schedule, warmup
         self.optimizer_factory, self.log_entropy = optimizer, log_entropy
         self.gradient_checkpointing = gradient_checkpointing
+        self._settings = resume.settings(objective, optimizer, schedule)
+        models = [self.source, *([self.reference_source] if self.reference_source else [])]
         self.data_needs = DataNeeds(
             view=objective.view,
             mismatched=objective.needs_reference_point,
             tokenizer=tokenizer,
-            vocab_size=self.source.vocab_size,
-            max_positions=self.source.max_positions,
+            vocab_size=min(model.vocab_size for model in models),
+            max_positions=min((model.max_positions for model in models if model.max_positions), default=None),
+            reference=None if models[-1] is self.source else models[-1].name,
             trust_remote_code=trust_remote_code,
         )
         self.policy: Scorer | None = None
         self.reference: Scorer | None = None
         self.train_averages, self.val_averages = Averages(), Averages()
         self._step_mean, self._stepped = StepMean(), False
-        self._clock = _Clock()
+        self._clock = TokenClock()
 
     # ------------------------------------------------------------------------------------------ models
 
     def setup(self, stage: str) -> None:
-        if "-true" in str(precision := self.trainer.precision) and precision != "32-true":
-            raise ModelError(
-                f"--trainer.precision {precision} would also cast the model's rotary and other buffers; for weights of "
-                "that type set --model.dtype bfloat16 (or float64), for mixed precision --trainer.precision bf16-mixed"
-            )
+        check_precision(str(self.trainer.precision), self.source.dtype, training=stage == "fit")
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -115,9 +126,9 @@ class AlignmentModule(L.LightningModule):
         lm = load_model(self.source)
         verify_head(lm, find_head(lm))
         if self.reference_source is not None:
-            same = self.reference_source == self.source
-            self.reference = Scorer(copy.deepcopy(lm) if same else load_model(self.reference_source))
-            self.reference.requires_grad_(False).eval()
+            reference = copy.deepcopy(lm) if self.reference_source == self.source else load_model(self.reference_source)
+            verify_head(reference, find_head(reference))
+            self.reference = Scorer(reference).requires_grad_(False).eval()
         if self.gradient_checkpointing:
             enable_checkpointing(lm)
         self.policy = Scorer(lm)
@@ -138,7 +149,7 @@ class AlignmentModule(L.LightningModule):
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """The objective on one micro-batch: the one path that training and validation of every loss take."""
-        z0, kl_raw = self.reference_point(batch.mismatched)
+        z0, kl_raw = self.estimate_z0(batch.mismatched)
         scores = self.score(batch.completions, entropy=self.log_entropy)
         desirable = batch.desirable if isinstance(batch, (UnpairedBatch, PairedBatch)) else None
         losses = self.objective.losses(scores, desirable, z0)
@@ -146,20 +157,23 @@ class AlignmentModule(L.LightningModule):
 
     def score(self, rows: Sequences, *, entropy: bool = False) -> CompletionLogps:
         """Policy against reference on token rows; only the policy's part carries a gradient."""
+        if self.policy is None:
+            raise RuntimeError("no model yet: call configure_model() first (a Trainer does)")
         with torch.no_grad():
             reference = None if self.reference is None else self.reference(rows)
-        assert self.policy is not None
         scores = compare(self.policy(rows, entropy=entropy), reference, rows)
         return per_token(scores) if self.is_reference_free else scores
 
     @torch.no_grad()
-    def reference_point(self, mismatched: Sequences | None) -> tuple[Tensor | None, Tensor | None]:
+    def estimate_z0(self, mismatched: Sequences | None) -> tuple[Tensor | None, Tensor | None]:
         """z0 and its value before the clamp. Runs before the policy's own pass, while no activations are held."""
         if mismatched is None:
             return None, None
         logratio = self.score(mismatched).logratio
-        kl_raw = global_mean(logratio)
-        return (kl_raw if self.is_reference_free else reference_point(logratio)), kl_raw
+        if self.is_reference_free:
+            kl_raw = global_mean(logratio)
+            return kl_raw, kl_raw
+        return reference_point(logratio), global_mean(logratio)
 
     @property
     def is_reference_free(self) -> bool:
@@ -172,9 +186,11 @@ class AlignmentModule(L.LightningModule):
         self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Sequence scores of each row: logp, logratio and length, with ref_logp and reward where they exist."""
-        scores = self.score(batch.completions)
+        """Scores of each row: logp, length; ref_logp, logratio, reward and mean entropy of a token where they exist."""
+        scores = self.score(batch.completions, entropy=self.log_entropy)
         found = {"logp": scores.logp, "ref_logp": scores.ref_logp, "length": scores.length}
+        if scores.entropy is not None:
+            found["entropy"] = seq_logratio(scores.entropy, None, batch.completions.cu_seqlens).logp / scores.length
         if not self.is_reference_free and scores.ref_logp is not None:
             found |= {"logratio": scores.logratio, "reward": self.objective.rewards(scores)}
         return {name: value for name, value in found.items() if value is not None}
@@ -182,17 +198,11 @@ class AlignmentModule(L.LightningModule):
     # ------------------------------------------------------------------------------------------ optimization
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf") and (self.schedule != "constant" or self.warmup < 1):
-            raise ValueError(
-                f"a {self.schedule} schedule with warmup {self.warmup} needs an end: set --trainer.max_steps or "
-                "--trainer.max_epochs, or take --model.schedule constant and warmup in steps"
-            )
-        warmup = int(self.warmup) if self.warmup >= 1 else int(self.warmup * steps)
-        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        total = None if self.schedule == "constant" else int(steps)
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        try:
+            optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        except ValueError as error:
+            raise ModelError(f"--model.optimizer: {error}") from error
+        scheduler = learning_rate(optimizer, self.schedule, self.warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -216,6 +226,7 @@ class AlignmentModule(L.LightningModule):
     # ------------------------------------------------------------------------------------------ logging
 
     def on_train_start(self) -> None:
+        self._step_mean.restart()
         self._clock.restart()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -223,9 +234,24 @@ class AlignmentModule(L.LightningModule):
             return
         self._stepped = False
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the trainer's connectors
-        if self.global_step % every:
-            return
-        values: dict[str, Tensor | float] = dict(self.train_averages.compute())
+        if every and not self.global_step % every:
+            self._log_training()
+
+    def on_train_end(self) -> None:
+        """Of steps after the last logged one, nothing is said but that they went wrong."""
+        if self.train_averages.update_count:
+            self._finite(self.train_averages.compute())
+
+    def _finite(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not math.isfinite(values.get("loss", torch.zeros(()))):
+            raise ModelError(
+                f"the loss is not finite any more at step {self.global_step}: lower --model.optimizer.lr, or raise "
+                "--model.warmup; nothing is exported"
+            )
+        return values
+
+    def _log_training(self) -> None:
+        values: dict[str, Tensor | float] = dict(self._finite(self.train_averages.compute()))
         self.train_averages.reset()
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         values["tokens_per_second"] = self._clock.rate() * self.trainer.world_size
@@ -249,8 +275,11 @@ class AlignmentModule(L.LightningModule):
         """The reference never changes and is loaded anew: a checkpoint holds the policy alone."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("reference.")}
+        checkpoint[resume.KEY] = self._settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == "fit":
+            resume.check(checkpoint, self._settings)
         own = self.state_dict()
         checkpoint["state_dict"] |= {k: v for k, v in own.items() if k.startswith("reference.")}
 
@@ -269,21 +298,3 @@ def _reference_source(objective: Objective, policy: ModelSource, reference: str)
             )
         return None
     return policy if reference == "copy" else replace(policy, name=reference, config=None)
-
-
-class _Clock:
-    """Tokens a second on this rank since the last restart, in host time."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.tokens, self.since = 0, time.perf_counter()
-
-    def add(self, batch: Batch) -> None:
-        self.tokens += batch.completions.num_tokens + (batch.mismatched.num_tokens if batch.mismatched else 0)
-
-    def rate(self) -> float:
-        rate = self.tokens / max(time.perf_counter() - self.since, 1e-9)
-        self.restart()
-        return rate

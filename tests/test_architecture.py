@@ -26,8 +26,11 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.metrics": {"halos_pl.batch", "torchmetrics"},
     "halos_pl.module": {
         *("halos_pl.accumulation", "halos_pl.batch", "halos_pl.losses", "halos_pl.metrics", "halos_pl.models"),
-        *("halos_pl.scoring", "halos_pl.value", "halos_kernels", "lightning", "transformers"),
+        *("halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring", "halos_kernels", "lightning"),
     },
+    "halos_pl.schedule": {"halos_pl.models", "transformers"},
+    "halos_pl.resume": {"halos_pl.models"},
+    "halos_pl.run_folder": {"lightning"},
     "halos_pl.model_card": {"halos_pl", "halos_pl.data", "halos_pl.module", "yaml"},
     "halos_pl.callbacks": {
         *("halos_pl.data", "halos_pl.losses", "halos_pl.model_card", "halos_pl.models", "halos_pl.module"),

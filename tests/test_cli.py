@@ -184,6 +184,18 @@ def test_validate_and_test(fit: Run, pairs_file: Path, tmp_path: Path, capsys: A
     assert not (tmp_path / "runs").exists()
 
 
+def test_validate_finds_the_checkpoint_of_a_run(fit: Run, pairs_file: Path, capsys: Any) -> None:
+    """Lightning would warn, and measure the untrained policy."""
+    assert fit("--name", "mine", data__validation=pairs_file, model__optimizer__lr=1e-2) == 0
+    trained = re.search(r"loss .*│ +(\S+) │\n", capsys.readouterr().out)
+    assert fit("--name", "mine", "--ckpt_path", "last", command="validate", data__validation=pairs_file) == 0
+    measured = re.search(r"val/loss .*│ +(\S+) +│\n", capsys.readouterr().out)
+    assert trained is not None
+    assert measured is not None
+    assert float(measured[1]) == pytest.approx(float(trained[1]), abs=1e-3)
+    assert abs(float(measured[1]) - 0.5) > 1e-3
+
+
 def test_predict_writes_scores_in_the_order_of_the_data(
     fit: Run, pairs_file: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -229,10 +241,18 @@ def test_predict_writes_scores_in_the_order_of_the_data(
         (["--data.train", "nowhere.jsonl"], "data.train: 'nowhere.jsonl': no such file"),
         (["--data.eos_token", "<eos>"], "eos_token '<eos>' is not one token"),
         (["--data.max_length", "1"], "max_length is 1"),
+        (["--name", "../mine"], "expected the name of a folder"),
+        (["--trainer.default_root_dir", "x"], "runs go to the folder of --runs"),
+        (["--trainer.accelerator", "gpu"], "No supported gpu backend found"),
+        (["--model.warmup", "100"], "100 steps of warm-up, but the run has 4"),
+        (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
+        (["--seed_everything", "true"], "--seed_everything"),
+        (["--trainer.precision", "bf16-mixed", "--model.dtype", "float64"], "mixes with float32 weights"),
         (["--data.chat_template", "tulu"], "unknown chat template 'tulu'.*did you mean 'tulu2'"),
         (["--trainer.precision", "bf16-true"], "set --model.dtype bfloat16"),
         (["--model.objective", "DPO", "--model.reference", "none"], "DPO compares policy and reference"),
-        (["--ckpt_path", "last"], "--ckpt_path last: runs/kto holds no checkpoint"),
+        (["--ckpt_path", "last"], "--ckpt_path last: of which run"),
+        (["--ckpt_path", "last", "--name", "new"], "--ckpt_path last: runs/new holds no such checkpoint"),
         (["--ckpt_path", "nowhere.ckpt"], "--ckpt_path: no checkpoint 'nowhere.ckpt'"),
     ],
 )

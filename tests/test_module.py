@@ -20,6 +20,7 @@ from halos_pl.batch import Batch
 from halos_pl.data import AlignmentData
 from halos_pl.data.collate import Collator, Item
 from halos_pl.losses import DPO, KTO, SFT, Objective
+from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 
 GOLDEN = Path(__file__).parent / "golden" / "trajectories.json"
@@ -405,3 +406,39 @@ def test_training_in_bfloat16(dtype: Any, precision: Any, tiny_model: Path, pair
     assert losses.values[0] == pytest.approx(0.6931471805599453, abs=1e-7)
     assert sum(losses.values[-6:]) / 6 < 0.6
     assert {p.dtype for p in module.policy.parameters()} == {getattr(torch, dtype)}  # type: ignore[union-attr]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_model: Path, pairs_file: Path) -> None:
+    module = AlignmentModule(
+        DPO(), policy=str(tiny_model), optimizer=lambda p: torch.optim.SGD(p, lr=1e30), schedule="constant", warmup=0
+    )
+    data = AlignmentData(train=str(pairs_file), batch_size=BATCH)
+    with pytest.raises(ModelError, match="not finite any more at step"):
+        trainer(log_every_n_steps=50).fit(module, datamodule=data)
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tiny_model: Path, thumbs_file: Path, tmp_path: Path) -> None:
+    module, data = make(KTO(beta=0.5), tiny_model, thumbs_file)
+    run = trainer(max_steps=2)
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    other, data = make(KTO(beta=0.7), tiny_model, thumbs_file)
+    with pytest.raises(ModelError, match=r"objective was KTO\(beta=0.5.*now KTO\(beta=0.7"):
+        trainer(max_steps=4).fit(other, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+    same = AlignmentModule(
+        KTO(beta=0.5),
+        policy=str(tiny_model),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
+        schedule="constant",
+        warmup=0,
+    )
+    with pytest.raises(ModelError, match=r"optimizer was SGD .*now SGD"):
+        trainer(max_steps=4).fit(same, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+
+
+def test_misuse_in_python_is_explained(tiny_model: Path) -> None:
+    with pytest.raises(TypeError, match="objective must be an instance"):
+        AlignmentModule(KTO, policy=str(tiny_model))  # type: ignore[arg-type]
+    module = AlignmentModule(KTO(), policy=str(tiny_model))
+    with pytest.raises(RuntimeError, match="configure_model"):
+        module.score(None)  # type: ignore[arg-type]

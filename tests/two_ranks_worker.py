@@ -86,7 +86,6 @@ def train(case: Case, files: dict[str, str], ranks: int) -> dict[str, Any]:
         max_steps=STEPS,
         accumulate_grad_batches=case.accumulate,
         gradient_clip_val=1.0,
-        use_distributed_sampler=False,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         limit_val_batches=0,

@@ -69,6 +69,7 @@ class Collator:
             pad_id=self.pad_id,
             vocab_size=self.vocab_size,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            max_width=self.max_length,
             length_groups=self.length_groups,
         )
 
@@ -79,6 +80,7 @@ def sequences(
     pad_id: int,
     vocab_size: int,
     pad_to_multiple_of: int = 1,
+    max_width: int | None = None,
     length_groups: int = 1,
 ) -> Sequences:
     """Rows of (prompt, completion) with every completion token scored.
@@ -87,7 +89,8 @@ def sequences(
         rows: token ids.
         pad_id: fills up a block on the right.
         vocab_size: bound of the ids.
-        pad_to_multiple_of: of a block's length.
+        pad_to_multiple_of: of a block's length, unless that passes `max_width`.
+        max_width: positions of the model.
         length_groups: blocks, each of as many rows, sorted by length: less padding, one forward pass each.
 
     Raises:
@@ -105,7 +108,9 @@ def sequences(
     blocks, place = [], np.empty_like(lengths)  # place of a row's first token among the positions of all blocks
     end = 0
     for group in np.array_split(np.argsort(lengths, kind="stable"), min(length_groups, len(rows))):
-        width = -(-int(lengths[group].max()) // pad_to_multiple_of) * pad_to_multiple_of
+        longest = int(lengths[group].max())
+        width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+        width = max(longest, min(width, max_width or width))
         block = np.full((len(group), width), pad_id, np.int64)
         block[np.arange(width) < lengths[group, None]] = np.concatenate([tokens[r][:-1] for r in group])
         place[group] = end + width * np.arange(len(group))

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from typing import Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import DataNeeds
 from halos_pl.data.collate import Collator, Item
 from halos_pl.data.dataset import DatasetBuilder, FeedbackDataset
-from halos_pl.data.records import DataError
+from halos_pl.data.records import DataError, DataWarning
 from halos_pl.data.sampling import EpochSampler
 from halos_pl.data.tokenization import CompletionTokenizer, load_tokenizer
 
-log = logging.getLogger(__name__)
-Stage = Literal["train", "validation", "test"]
+Stage = Literal["train", "validation", "test", "predict"]
 
 
 class AlignmentData(L.LightningDataModule):
@@ -44,7 +45,8 @@ class AlignmentData(L.LightningDataModule):
         batch_size: Examples (or pairs) of a micro-batch on each rank.
         eval_batch_size: The same for validation and test. Default: batch_size.
         mismatch: Where KTO's y′ comes from. `dataset`: a seeded derangement of all rows, the same whatever the batch,
-            rank or epoch. `batch`: the same micro-batch, as in the paper; depends on batch size and ranks.
+            rank or epoch. `batch`: the same micro-batch, as in the paper; depends on batch size and ranks, leaves out
+            the last rows of an epoch that fill no batch, and applies to training rows only.
         unpair: For KTO from pairs: both members of each pair, or one at random (f(seed, row)).
         sampler: `shuffle`, or `stratified`: equal halves of desirable and undesirable rows in every batch; the larger
             class shows other rows each epoch.
@@ -83,19 +85,20 @@ class AlignmentData(L.LightningDataModule):
         length_groups: int = 2,
     ) -> None:
         super().__init__()
-        sizes = (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("pad_to_multiple_of", pad_to_multiple_of),
-            ("length_groups", length_groups),
-        )
-        for name, value in sizes:
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        least = {"batch_size": 1, "eval_batch_size": 1, "pad_to_multiple_of": 1, "length_groups": 1, "num_workers": 0}
+        choices = {"mismatch": ("dataset", "batch"), "unpair": ("both", "one"), "sampler": ("shuffle", "stratified")}
+        given = locals()
+        for name, bound in least.items():
+            if given[name] is not None and given[name] < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {given[name]}")
+        for name, allowed in choices.items():
+            if given[name] not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
         self.sources: dict[Stage, tuple[str | list[str] | None, str | None]] = {
             "train": (train, train_split),
             "validation": (validation, validation_split),
             "test": (test, test_split),
+            "predict": (test, test_split),
         }
         self.tokenizer_name, self.chat_template, self.eos_token = tokenizer, chat_template, eos_token
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
@@ -106,32 +109,53 @@ class AlignmentData(L.LightningDataModule):
         self.pad_to_multiple_of = pad_to_multiple_of
         self.datasets: dict[Stage, FeedbackDataset] = {}
         self.needs: DataNeeds | None = None
+        self._prepared_for: DataNeeds | None = None
         self.encoder: CompletionTokenizer | None = None
 
     def setup(self, stage: str) -> None:
-        if self.needs is None:
-            module = None if self.trainer is None else self.trainer.lightning_module
-            needs = getattr(module, "data_needs", None)
-            if not isinstance(needs, DataNeeds):
-                raise TypeError("AlignmentData learns what to read from AlignmentModule: fit that, or set `needs`")
-            self.needs = needs
+        self._ask_module()
+        assert self.needs is not None
         if self.encoder is None:
             self.encoder = self._encoder(self.needs)
+        self._refuse_unused(self.needs)
+        stage = str(getattr(stage, "value", stage))
         wanted: dict[str, tuple[Stage, ...]] = {
             "fit": ("train", "validation"),
             "validate": ("validation",),
             "test": ("test",),
-            "predict": ("test",),
+            "predict": ("predict",),
         }
-        required = wanted[stage][0]
-        if self.sources[required][0] is None:
-            raise DataError(f"`{stage}` needs data: give `--data.{required} FILE` (or data.{required} in the config)")
-        for name in wanted[stage]:
-            if self.sources[name][0] is not None and name not in self.datasets:
+        if self.sources[wanted[stage][0]][0] is None:
+            name = wanted[stage][0].replace("predict", "test")
+            raise DataError(f"`{stage}` needs data: give `--data.{name} FILE` (or data.{name} in the config)")
+        for part in wanted[stage]:
+            if self.sources[part][0] is not None and part not in self.datasets:
                 try:
-                    self.datasets[name] = self._build(name)
+                    self.datasets[part] = self._build(part)
                 except DataError as error:
-                    raise DataError(f"data.{name}: {error}") from error
+                    raise DataError(f"data.{part.replace('predict', 'test')}: {error}") from error
+
+    def _ask_module(self) -> None:
+        """Take the needs of the module at hand; what another module needed is forgotten."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        needs = getattr(module, "data_needs", None) or self.needs
+        if not isinstance(needs, DataNeeds):
+            raise TypeError("AlignmentData learns what to read from AlignmentModule: fit that, or set `needs`")
+        if needs != self._prepared_for:
+            self.needs, self._prepared_for = needs, needs
+            self.encoder, self.datasets = None, {}
+
+    def _refuse_unused(self, needs: DataNeeds) -> None:
+        """An option that the objective has no use for is a mistake."""
+        unpaired = needs.view == "unpaired"
+        for option, unused in (
+            ("sampler stratified", self.sampler == "stratified" and not unpaired),
+            ("unpair one", self.unpair == "one" and not unpaired),
+            ("mismatch batch", self.mismatch == "batch" and not needs.mismatched),
+            ("shuffle_labels true", self.shuffle_labels and needs.view == "sft"),
+        ):
+            if unused:
+                raise DataError(f"data.{option}: this objective has no use for it; leave it out")
 
     def _encoder(self, needs: DataNeeds) -> CompletionTokenizer:
         tokenizer = load_tokenizer(self.tokenizer_name or needs.tokenizer, needs.trust_remote_code)
@@ -140,9 +164,10 @@ class AlignmentData(L.LightningDataModule):
                 f"the tokenizer {self.tokenizer_name or needs.tokenizer!r} has {len(tokenizer)} tokens, more than the "
                 f"{needs.vocab_size} rows of the model's head; take the tokenizer that belongs to the model"
             )
+        self._compare_tokenizers(tokenizer, needs)
         max_length = self.max_length
         if needs.max_positions is not None and max_length > needs.max_positions:
-            log.info("max_length %d is cut to the model's %d positions", max_length, needs.max_positions)
+            rank_zero_info(f"max_length {max_length} is cut to the model's {needs.max_positions} positions")
             max_length = needs.max_positions
         return CompletionTokenizer(
             tokenizer,
@@ -152,6 +177,20 @@ class AlignmentData(L.LightningDataModule):
             max_prompt_length=self.max_prompt_length,
         )
 
+    def _compare_tokenizers(self, tokenizer: PreTrainedTokenizerBase, needs: DataNeeds) -> None:
+        """The reference must read token ids as the policy does; a model folder without a tokenizer cannot be asked."""
+        if needs.reference is None:
+            return
+        try:
+            other = load_tokenizer(needs.reference, needs.trust_remote_code)
+        except ValueError:
+            return
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise DataError(
+                f"the reference {needs.reference!r} has another vocabulary than the policy's tokenizer: log-ratios of "
+                "different tokens mean nothing"
+            )
+
     def _build(self, stage: Stage) -> FeedbackDataset:
         assert self.needs is not None
         assert self.encoder is not None
@@ -160,13 +199,18 @@ class AlignmentData(L.LightningDataModule):
         builder = DatasetBuilder(
             encoder=self.encoder,
             view=self.needs.view,
-            pair_all=self.needs.mismatched and self.mismatch == "dataset",
+            pair_all=self.needs.mismatched and stage != "predict" and not self._pairs_in_batch(stage),
             unpair=self.unpair,
             on_bad_row=self.on_bad_row,
             seed=self.seed,
         )
         training = stage == "train"
-        return builder.build(source, split, keep_pairs=not training, shuffle_labels=training and self.shuffle_labels)
+        return builder.build(source, split, training=training, shuffle_labels=training and self.shuffle_labels)
+
+    def _pairs_in_batch(self, stage: Stage) -> bool:
+        """Held-out rows are always paired over the dataset: their figures must not depend on a batch size."""
+        assert self.needs is not None
+        return self.needs.mismatched and self.mismatch == "batch" and stage == "train"
 
     def train_dataloader(self) -> DataLoader[Item]:
         return self._loader("train", self.batch_size)
@@ -178,24 +222,33 @@ class AlignmentData(L.LightningDataModule):
         return self._loader("test", self.eval_batch_size)
 
     def predict_dataloader(self) -> DataLoader[Item]:
-        return self._loader("test", self.eval_batch_size)
+        return self._loader("predict", self.eval_batch_size)
 
     def _loader(self, stage: Stage, batch_size: int) -> DataLoader[Item]:
         assert self.needs is not None
         assert self.encoder is not None
         dataset, training = self.datasets[stage], stage == "train"
-        stratify = training and self.sampler == "stratified"
-        if stratify and self.needs.view != "unpaired":
-            raise DataError("data.sampler stratified balances labels: it needs an objective of single completions")
+        world = 1 if self.trainer is None else self.trainer.world_size
         sampler = EpochSampler(
             len(dataset),
             shuffle=training,
             seed=self.seed,
-            num_replicas=1 if self.trainer is None else self.trainer.world_size,
+            num_replicas=world,
             rank=0 if self.trainer is None else self.trainer.global_rank,
             drop_last=training,
-            labels=dataset.labels if stratify else None,
+            labels=dataset.labels if training and self.sampler == "stratified" else None,
         )
+        if not len(sampler):
+            raise DataError(
+                f"no row is left to train on: {len(dataset)} rows on {world} ranks, sampler {self.sampler} "
+                "(stratified needs both classes)"
+            )
+        if not training and len(dataset) % world:
+            warnings.warn(
+                f"{stage}: {-len(dataset) % world} of {len(dataset)} rows count twice, so that all ranks have as many",
+                DataWarning,
+                stacklevel=2,
+            )
         collator = Collator(
             view=self.needs.view,
             pad_id=self.encoder.tokenizer.pad_token_id,
@@ -203,12 +256,13 @@ class AlignmentData(L.LightningDataModule):
             max_length=self.encoder.max_length,
             pad_to_multiple_of=self.pad_to_multiple_of,
             length_groups=self.length_groups,
-            pair_in_batch=self.needs.mismatched and self.mismatch == "batch",
+            pair_in_batch=self._pairs_in_batch(stage),
         )
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
+            drop_last=self._pairs_in_batch(stage),  # a last batch of one row would find no y′
             collate_fn=collator,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

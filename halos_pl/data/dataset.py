@@ -79,21 +79,21 @@ class DatasetBuilder:
     seed: int
 
     def build(
-        self, source: str | list[str], split: str | None, *, keep_pairs: bool = False, shuffle_labels: bool = False
+        self, source: str | list[str], split: str | None, *, training: bool = False, shuffle_labels: bool = False
     ) -> FeedbackDataset:
         """Read, tokenize and pair.
 
         Args:
             source: as `load_records` takes it.
             split: likewise.
-            keep_pairs: leave pairs together for an unpaired objective too (held-out rows).
+            training: otherwise pairs stay together for an unpaired objective too.
             shuffle_labels: permute labels, or swap half of the pairs: the control experiment.
 
         Raises:
             DataError: bad rows (unless skipped), rows of another view, or no y′ for some row.
         """
         loaded = load_records(source, split, on_bad_row=self.on_bad_row)
-        records = self._in_view(loaded.records, keep_pairs)
+        records = self._in_view(loaded.records, training)
         if shuffle_labels:
             records = _with_shuffled_labels(records, self.seed)
         paired = isinstance(records[0], Paired)
@@ -107,7 +107,7 @@ class DatasetBuilder:
         report = f"{_count(rows, self.view)}; {encoded.truncation}{skipped}"
         return FeedbackDataset(rows, partners, report)
 
-    def _in_view(self, records: Sequence[Record], keep_pairs: bool) -> Sequence[Record]:
+    def _in_view(self, records: Sequence[Record], training: bool) -> Sequence[Record]:
         if self.view == "paired":
             return as_paired(records)
         if self.view == "sft":
@@ -117,10 +117,11 @@ class DatasetBuilder:
                     f"{records[0].origin.file}: all completions are labelled undesirable: nothing to imitate"
                 )
             return demonstrations
-        if keep_pairs and all(isinstance(x, Paired) for x in records):
+        if not training and all(isinstance(x, Paired) for x in records):
             return records
         unpaired = as_unpaired(records, members=self.unpair, seed=self.seed)
-        _warn_of_one_class(unpaired)
+        if training:
+            _warn_of_one_class(unpaired)
         return unpaired
 
     def _partners(self, members: Sequence[Example]) -> NDArray[np.int64]:

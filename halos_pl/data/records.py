@@ -117,7 +117,7 @@ def parse_record(row: object, origin: Origin) -> Record:
     """The meaning of one row; DataError where it fits no schema or a value is not what its key promises."""
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: the row is {_got(row)}; expected an object with {SCHEMAS}")
-    return _Row(row, origin).record()
+    return _Row({key: value for key, value in row.items() if value is not None or key == "label"}, origin).record()
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:

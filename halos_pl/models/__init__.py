@@ -2,13 +2,14 @@
 
 from halos_pl.models.export import export_policy
 from halos_pl.models.head import Head, backbone, find_head, verify_head
-from halos_pl.models.load import ModelError, ModelSource, enable_checkpointing, load_model
+from halos_pl.models.load import ModelError, ModelSource, check_precision, enable_checkpointing, load_model
 
 __all__ = [
     "Head",
     "ModelError",
     "ModelSource",
     "backbone",
+    "check_precision",
     "enable_checkpointing",
     "export_policy",
     "find_head",

@@ -89,6 +89,8 @@ def verify_head(model: PreTrainedModel, head: Head, *, atol: float = 1e-3) -> No
             own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     finally:
         model.train(training)
+    if not own.isfinite().all():
+        raise ModelError(f"{type(model).__name__}: the weights give logits that are not finite")
     if not torch.allclose(hidden.float(), again.float(), atol=1e-2 * hidden.float().abs().max().item(), rtol=0):
         raise ModelError(f"{type(model).__name__} is not causal: a token's hidden state depends on what follows it")
     logits = (hidden * gain).float() @ weight.T

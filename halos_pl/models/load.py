@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -123,7 +125,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
                 )
             if missing := sorted(info["missing_keys"]):
                 raise ModelError(f"{source.name}: the weights lack {', '.join(missing[:5])} ({len(missing)} in all)")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, UnpicklingError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
@@ -132,6 +134,27 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     if not source.dropout:
         _switch_dropout_off(model)
     return model.train()
+
+
+def check_precision(precision: str, dtype: str, *, training: bool) -> None:
+    """Which of the trainer's precisions goes with which dtype of the weights.
+
+    Raises:
+        ModelError: the trainer would cast buffers, or mix with weights that are not float32.
+    """
+    if precision.endswith("-true") and precision != "32-true":
+        raise ModelError(
+            f"--trainer.precision {precision} would also cast the model's rotary and other buffers; for weights of "
+            "that type set --model.dtype bfloat16 (or float64), for mixed precision --trainer.precision bf16-mixed"
+        )
+    if precision.endswith("-mixed") and dtype != "float32":
+        raise ModelError(f"--trainer.precision {precision} mixes with float32 weights: leave --model.dtype float32")
+    if training and dtype == "bfloat16":
+        warnings.warn(
+            "bfloat16 weights lose updates below 1/256 of their size, most of them at the usual learning rates; "
+            "--model.dtype float32 with --trainer.precision bf16-mixed does not",
+            stacklevel=2,
+        )
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

@@ -10,11 +10,10 @@ from torch import Tensor
 def global_mean(values: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Mean of [M] values over all ranks: global sum / global count, so that ranks may hold different counts, or none.
 
-    Returns a 0-d tensor, detached, in the dtype of the values; summed in float64 (float32 where a device lacks it).
+    Returns a 0-d tensor, detached, in the dtype of the values; summed in float64.
     """
     values = values.detach()
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    total = torch.stack([values.sum(dtype=wide), values.new_tensor(values.numel(), dtype=wide)])
+    total = torch.stack([values.sum(dtype=torch.float64), values.new_tensor(values.numel(), dtype=torch.float64)])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total, group=group)
     return (total[0] / total[1].clamp_min(1)).to(values.dtype)

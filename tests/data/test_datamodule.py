@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,72 @@ def test_batches_mix_the_classes(tiny_model: Path, pairs_file: Path) -> None:
     assert len(single) <= 2, "of 24 batches of 8, chance makes 0.2"
 
 
-def test_stratified_batches_hold_equal_halves(tiny_model: Path, thumbs_file: Path) -> None:
+def test_stratified_batches_hold_equal_halves(tiny_model: Path, thumbs_file: Path, tmp_path: Path) -> None:
     data = setup(tiny_model, train=str(thumbs_file), batch_size=8, sampler="stratified")
     shares = {float(batch.desirable.float().mean()) for batch in batches(data)}  # type: ignore[attr-defined]
     assert shares == {0.5}
-    with pytest.raises(DataError, match="stratified"):
-        setup(tiny_model, view="sft", train=str(thumbs_file), sampler="stratified").train_dataloader()
+    one_class = tmp_path / "one.jsonl"
+    one_class.write_text("".join(x + "\n" for x in thumbs_file.read_text().splitlines() if '"label": true' in x))
+    with pytest.raises(DataError, match=r"no row is left to train on.*both classes"), pytest.warns(DataWarning):
+        setup(tiny_model, train=str(one_class), sampler="stratified").train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("view", "options"),
+    [
+        ("sft", {"sampler": "stratified"}),
+        ("paired", {"sampler": "stratified"}),
+        ("paired", {"unpair": "one"}),
+        ("paired", {"mismatch": "batch"}),
+        ("sft", {"shuffle_labels": True}),
+    ],
+)
+def test_options_without_a_use_are_refused(
+    view: View, options: dict[str, Any], tiny_model: Path, pairs_file: Path
+) -> None:
+    with pytest.raises(DataError, match=f"data.{next(iter(options))}.*has no use for it"):
+        setup(tiny_model, view=view, mismatched=False, train=str(pairs_file), **options)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "startified"}, {"unpair": "all"}, {"mismatch": "none"}])
+def test_misspelt_choices_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        AlignmentData(**options)
+
+
+def test_another_module_is_asked_anew(tiny_model: Path, thumbs_file: Path) -> None:
+    data = setup(tiny_model, train=str(thumbs_file))
+    assert len(data.datasets["train"]) == 96
+    data.needs = DataNeeds("sft", False, str(tiny_model), 260, 128)
+    data.setup("fit")
+    assert len(data.datasets["train"]) == 64, "SFT must not imitate what is undesirable"
+
+
+def test_a_reference_with_another_vocabulary_is_refused(tiny_model: Path, thumbs_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    data = AlignmentData(train=str(thumbs_file))
+    data.needs = DataNeeds("unpaired", True, str(tiny_model), 260, 128, reference=str(other))
+    data.setup("fit")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"<unk>": 3', '"<odd>": 3').replace("<unk>", "<odd>"))
+    data = AlignmentData(train=str(thumbs_file))
+    data.needs = DataNeeds("unpaired", True, str(tiny_model), 260, 128, reference=str(other))
+    with pytest.raises(DataError, match="has another vocabulary"):
+        data.setup("fit")
+
+
+def test_prediction_needs_no_mismatched_rows(tiny_model: Path, tmp_path: Path) -> None:
+    data = setup(tiny_model, "predict", test=write(tmp_path / "f.jsonl", [GOOD]))
+    (batch,) = data.predict_dataloader()
+    assert batch.mismatched is None
+
+
+def test_batch_pairing_leaves_no_batch_of_one(tiny_model: Path, thumbs_file: Path) -> None:
+    data = setup(tiny_model, train=str(thumbs_file), validation=str(thumbs_file), batch_size=5, mismatch="batch")
+    assert [batch.num_examples for batch in batches(data)] == [5] * 19
+    assert data.datasets["train"].partners is None
+    assert data.datasets["validation"].partners is not None, "held-out figures depend on no batch"
 
 
 def test_dpo_and_sft_views(tiny_model: Path, pairs_file: Path, thumbs_file: Path) -> None:

@@ -76,7 +76,7 @@ def replaced(**fields):
         (replaced(label=0.7), "label", "got 0.7 (float)"),
         (replaced(label=None), "label", "got None (NoneType)"),
         (replaced(prompt=3), "prompt", "got 3 (int); expected a string or a list of messages"),
-        (replaced(completion=None), "completion", "got None (NoneType)"),
+        (replaced(completion=None), "completion", "missing"),
         (replaced(completion=""), "completion", "an empty completion"),
         (replaced(completion=" \n\t"), "completion", "an empty completion"),
         (replaced(prompt="a\0b"), "prompt", "a null byte at character 1"),
