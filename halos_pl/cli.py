@@ -233,6 +233,7 @@ def _quieten() -> None:
         ".*in eval mode at the start of training.*",  # the reference
         ".*isinstance.treespec, LeafSpec.*",
         "Total length of .list. across ranks is zero",  # no held-out rows
+        ".*sync_dist=True.*",  # Averages has reduced over the ranks
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
