@@ -15,6 +15,7 @@ from halos_pl.models import ModelError, ModelSource, backbone, find_head, load_m
 V = 61
 LLAMA = {
     "vocab_size": V,
+    "pad_token_id": 0,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
