@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from rich.console import Console
@@ -37,20 +37,10 @@ class ProgressBar(TQDMProgressBar):
         """Read off the device once a logged step, not once a refresh."""
         step = trainer.global_step // max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if step != self._read[0]:
-            names = {f"train/{name}": name.removeprefix("rewards/") for name in self.shown}
+            names = {f"train/{name}": name.split("/")[-1].replace("tokens_per_second", "tok/s") for name in self.shown}
             logged = {names[key]: value for key, value in trainer.callback_metrics.items() if key in names}
             self._read = step, {name: f"{float(value):.4g}" for name, value in logged.items()}
         return self._read[1]
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps the latest state, wherever in an epoch training ends, also by an interrupt or an error."""
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step:
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
 
 
 class RunReport(L.Callback):
@@ -67,6 +57,7 @@ class RunReport(L.Callback):
         self.before: Metrics = {}
         self.after: Metrics = {}
         self.measured_at: int | None = None  # global step of the last validation
+        self.trained = False  # whether this process took a step
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The sanity check runs over all held-out rows (`num_sanity_val_steps: -1`): that is the state before."""
@@ -83,12 +74,15 @@ class RunReport(L.Callback):
         if isinstance(data, AlignmentData) and isinstance(pl_module.objective, KTO):
             self._print(balance(pl_module.objective, data.datasets["train"].labels))
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.trained = True
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.measured_at = trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Where training ended between two validations, measure what is exported."""
-        if not trainer.global_step:
+        if not self.trained:
             return
         if trainer.enable_validation and self.measured_at != trainer.global_step:
             trainer.validating = True
@@ -97,8 +91,10 @@ class RunReport(L.Callback):
         self.after = _held_out(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step:
+        if self.trained:
             self._write(trainer, pl_module)
+        elif step := trainer.global_step:
+            self._print(f"this run had ended at step {step}: raise --trainer.max_epochs or --trainer.max_steps")
         else:
             self._print("nothing was trained, so nothing is exported")
 
@@ -118,9 +114,9 @@ class RunReport(L.Callback):
         assert isinstance(pl_module, AlignmentModule)
         assert isinstance(data, AlignmentData)
         assert pl_module.policy is not None
-        assert data.encoder is not None
         card = model_card(pl_module, data, self.before, self.after, steps=trainer.global_step)
-        export_policy(pl_module.policy.lm, data.encoder.tokenizer, self.folder / "policy", card)
+        made_here = pl_module.source.config is not None
+        export_policy(pl_module.policy.lm, data.tokenizer, self.folder / "policy", card, adopt_ids=made_here)
         if self.after:
             self.console.print(self.table())
         else:
@@ -167,7 +163,7 @@ class PredictionFile(BasePredictionWriter):
             for scores in predictions:
                 for record in _by_example(scores, next(iter(scores.values())).shape[0], rows):
                     file.write(json.dumps(record) + "\n")
-        Console(highlight=False).print(f"predictions  {self.path}", soft_wrap=True)
+        Console(highlight=False).print(f"\npredictions  {self.path}", soft_wrap=True)
 
 
 def _by_example(scores: dict[str, Tensor], count: int, rows: Any) -> list[dict[str, Any]]:

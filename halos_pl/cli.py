@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 import transformers
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl import losses
-from halos_pl.callbacks import LastCheckpoint, PredictionFile, ProgressBar, RunReport
+from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.losses import Objective
@@ -61,7 +61,9 @@ class _SavedConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(folder / "config.yaml"), skip_unset=False, overwrite=True)
+        config = self.config.clone()
+        config.ckpt_path = None  # repeating the run begins at the beginning
+        self.parser.save(config, str(folder / "config.yaml"), skip_unset=False, overwrite=True)
 
 
 class HalosCLI(LightningCLI):
@@ -180,8 +182,13 @@ class HalosCLI(LightningCLI):
         """The last state and, with held-out rows, the best one. Checkpoints are step-named, so that none is overwritten
         in place."""
         where = folder / "checkpoints"
-        last = LastCheckpoint(
-            where, filename="{step}", save_last="link", enable_version_counter=False, save_on_exception=True
+        last = ModelCheckpoint(
+            where,
+            filename="{step}",
+            save_last="link",
+            save_on_train_epoch_end=True,
+            save_on_exception=True,
+            enable_version_counter=False,
         )
         if self.datamodule.sources["validation"][0] is None:
             return [last]
@@ -208,15 +215,20 @@ def run(argv: list[str]) -> int:
     """Run a command of LightningCLI.
 
     Returns:
-        0; 2 for a mistake of the user's, told on stderr in one message; 143 where SIGTERM ended the run.
+        0; 2 for a mistake of the user's, told on stderr in one message; 130 after Ctrl-C, 143 after SIGTERM.
     """
     _quieten()
     try:
         sys.argv[1:] = resolve_configs(argv)  # ranks that Lightning launches parse it again
         HalosCLI()
     except SIGTERMException:
-        print("halos_pl: ended by SIGTERM; go on with --ckpt_path last", file=sys.stderr)
+        print("halos_pl: ended by SIGTERM; go on with --name NAME --ckpt_path last", file=sys.stderr)
         return 143
+    except SystemExit as end:  # Lightning turns Ctrl-C into it
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        print("halos_pl: interrupted; go on with --name NAME --ckpt_path last", file=sys.stderr)
+        return 130
     except (UsageError, ConfigNotFound, RunError, DataError, ModelError) as error:
         print(f"halos_pl: error: {error}", file=sys.stderr)
         return 2
@@ -236,10 +248,23 @@ def _quieten() -> None:
         ".*sync_dist=True.*",  # Averages has reduced over the ranks
     ):
         warnings.filterwarnings("ignore", message=message)
+    warnings.showwarning = _show_warning
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
     transformers.utils.logging.disable_progress_bar()
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Without the line of code that warned."""
+    print(f"halos_pl: warning: {message}", file=sys.stderr)
 
 
 def _loggers(folder: Path) -> list[Any]:

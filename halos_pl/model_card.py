@@ -34,10 +34,11 @@ def model_card(
         header["base_model"] = base
     reference = "none" if module.reference_source is None else module.reference_source.name or "random weights"
     versions = ", ".join(f"{x} {version(x)}" for x in ("lightning", "transformers"))
+    count = f"{steps} optimizer step" + "s" * (steps != 1)
     lines = [
         f"# {name}-aligned {module.source.pretrained_config.model_type} model",
         "",
-        f"Trained with halos-pl {__version__} (torch {torch.__version__}, {versions}) for {steps} optimizer steps.",
+        f"Trained with halos-pl {__version__} (torch {torch.__version__}, {versions}) for {count}.",
         "",
         f"- policy at the start: `{base or 'random weights'}`",
         f"- reference: `{reference}`",

@@ -235,27 +235,26 @@ class AlignmentModule(L.LightningModule):
         self._stepped = False
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the trainer's connectors
         if every and not self.global_step % every:
-            self._log_training()
+            self.log_dict({f"train/{name}": value for name, value in self._training_values().items()})
 
     def on_train_end(self) -> None:
-        """Of steps after the last logged one, nothing is said but that they went wrong."""
+        """The steps after the last logged one; Lightning's `log` is over."""
         if self.train_averages.update_count:
-            self._finite(self.train_averages.compute())
+            values = {f"train/{name}": float(value) for name, value in self._training_values().items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values, step=self.global_step - 1)
 
-    def _finite(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not math.isfinite(values.get("loss", torch.zeros(()))):
+    def _training_values(self) -> dict[str, Tensor | float]:
+        values: dict[str, Tensor | float] = dict(self.train_averages.compute())
+        if not math.isfinite(values.get("loss", 0.0)):
             raise ModelError(
                 f"the loss is not finite any more at step {self.global_step}: lower --model.optimizer.lr, or raise "
                 "--model.warmup; nothing is exported"
             )
-        return values
-
-    def _log_training(self) -> None:
-        values: dict[str, Tensor | float] = dict(self._finite(self.train_averages.compute()))
         self.train_averages.reset()
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         values["tokens_per_second"] = self._clock.rate() * self.trainer.world_size
-        self.log_dict({f"train/{name}": value for name, value in values.items()})
+        return values
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")

@@ -145,6 +145,17 @@ def test_going_on_from_the_last_checkpoint(fit: Run, tmp_path: Path) -> None:
     assert all(torch.equal(value, parts["state_dict"][key]) for key, value in whole["state_dict"].items())
     assert (tmp_path / "runs" / "parts" / "csv").is_dir(), "the first part's rows are kept"
     assert (tmp_path / "runs" / "parts" / "csv-2").is_dir()
+    assert yaml.safe_load((tmp_path / "runs" / "parts" / "config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_going_on_with_a_run_that_has_ended_changes_nothing(fit: Run, tmp_path: Path, capsys: Any) -> None:
+    common = {"trainer__max_steps": -1, "data__batch_size": 64, "trainer__max_epochs": 1}
+    assert fit("--name", "mine", **common) == 0
+    card = tmp_path / "runs" / "mine" / "policy" / "README.md"
+    card.write_text("mine")
+    assert fit("--name", "mine", "--ckpt_path", "last", **common) == 0
+    assert "this run had ended at step 3: raise --trainer.max_epochs" in capsys.readouterr().out
+    assert card.read_text() == "mine"
 
 
 def test_a_random_model_from_a_configuration(fit: Run, tmp_path: Path, tiny_model: Path) -> None:
@@ -159,6 +170,8 @@ def test_a_random_model_from_a_configuration(fit: Run, tmp_path: Path, tiny_mode
         for name in ("sft", "sft-2")
     )
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+    saved = json.loads((tmp_path / "runs" / "sft" / "policy" / "config.json").read_text())
+    assert (saved["bos_token_id"], saved["eos_token_id"]) == (1, 2), "the tokenizer's, not Llama's"
 
 
 def test_several_configs_and_overrides(fit: Run, tmp_path: Path, capsys: Any) -> None:

@@ -207,3 +207,13 @@ def test_batch_values_emits_nothing_else(tiny_model: Path) -> None:
         x = scores([-1.0] * n, [0.0] * n, (1,) * n)
         z0 = torch.zeros(())
         assert batch_values(batch, x, torch.ones(1), torch.zeros(n), z0, z0).keys() < FORMULAS.keys() - TRAIN_ONLY
+
+
+def test_pair_accuracy_is_the_share_of_likelier_chosen_completions() -> None:
+    logp = torch.tensor([-1.0, -5.0, -1.0, -2.0, -3.0, -4.0])  # chosen, chosen, chosen, rejected, rejected, rejected
+    scores = CompletionLogps(logp, logp, torch.ones(6).long(), logp)
+    rows = sequences([(torch.ones(1).numpy(), torch.ones(1).numpy())] * 6, pad_id=0, vocab_size=5)
+    averages = Averages()
+    averages.update(batch_values(PairedBatch(rows), scores, logp[:3], logp, None, None))
+    assert averages.compute()["pair_accuracy"].item() == pytest.approx(2 / 3)
+    assert averages.compute()["rewards/accuracy"].item() == pytest.approx(2 / 3)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from halos_pl.__main__ import main
 
@@ -26,6 +27,11 @@ OURS = [line for line in COMMANDS if line.startswith("python -m halos_pl")]
 @pytest.mark.parametrize("line", OURS, ids=range(len(OURS)))
 def test_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    argv = shlex.split(line)
+    if "runs/mine/config.yaml" in argv:  # what an earlier command leaves
+        Path("runs/mine/checkpoints").mkdir(parents=True)
+        Path("runs/mine/config.yaml").write_text("{}")
+        torch.save({}, "runs/mine/checkpoints/last.ckpt")
     monkeypatch.setattr(sys, "argv", [*shlex.split(line)[2:], "--print_config"])
     with pytest.raises(SystemExit) as end:
         main()
@@ -41,7 +47,7 @@ def test_every_command_is_known() -> None:
 
 def test_the_script_runs(tiny_model: Path, thumbs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (script,) = blocks("python")
-    assert len([line for line in script.splitlines() if line.strip()]) <= 20
+    assert len([line for line in script.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)
     for name in ("feedback.jsonl", "held_out.jsonl"):
         Path(name).write_bytes(thumbs_file.read_bytes())

@@ -157,6 +157,13 @@ class AlignmentData(L.LightningDataModule):
             if unused:
                 raise DataError(f"data.{option}: this objective has no use for it; leave it out")
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """As the data use it, template and end-of-sequence token included; there from `setup` on."""
+        if self.encoder is None:
+            raise RuntimeError("no tokenizer yet: call setup() first (a Trainer does)")
+        return self.encoder.tokenizer
+
     def _encoder(self, needs: DataNeeds) -> CompletionTokenizer:
         tokenizer = load_tokenizer(self.tokenizer_name or needs.tokenizer, needs.trust_remote_code)
         if len(tokenizer) > needs.vocab_size:
@@ -205,7 +212,13 @@ class AlignmentData(L.LightningDataModule):
             seed=self.seed,
         )
         training = stage == "train"
-        return builder.build(source, split, training=training, shuffle_labels=training and self.shuffle_labels)
+        return builder.build(
+            source,
+            split,
+            training=training,
+            labelled=stage != "predict",
+            shuffle_labels=training and self.shuffle_labels,
+        )
 
     def _pairs_in_batch(self, stage: Stage) -> bool:
         """Held-out rows are always paired over the dataset: their figures must not depend on a batch size."""

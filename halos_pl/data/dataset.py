@@ -15,6 +15,7 @@ from halos_pl.batch import View
 from halos_pl.data.collate import Item
 from halos_pl.data.pairing import mismatch
 from halos_pl.data.records import (
+    BadRows,
     DataError,
     DataWarning,
     OnBadRow,
@@ -79,7 +80,13 @@ class DatasetBuilder:
     seed: int
 
     def build(
-        self, source: str | list[str], split: str | None, *, training: bool = False, shuffle_labels: bool = False
+        self,
+        source: str | list[str],
+        split: str | None,
+        *,
+        training: bool = False,
+        labelled: bool = True,
+        shuffle_labels: bool = False,
     ) -> FeedbackDataset:
         """Read, tokenize and pair.
 
@@ -87,13 +94,18 @@ class DatasetBuilder:
             source: as `load_records` takes it.
             split: likewise.
             training: otherwise pairs stay together for an unpaired objective too.
+            labelled: whether a single completion must have a label.
             shuffle_labels: permute labels, or swap half of the pairs: the control experiment.
 
         Raises:
             DataError: bad rows (unless skipped), rows of another view, or no y′ for some row.
         """
         loaded = load_records(source, split, on_bad_row=self.on_bad_row)
-        records = self._in_view(loaded.records, training)
+        bad = BadRows(self.on_bad_row)
+        records = self._in_view(loaded.records, training, labelled, bad)
+        bad.finish()
+        if not records:
+            raise DataError(f"{source}: no row can be used; the first: {bad.messages[0]}")
         if shuffle_labels:
             records = _with_shuffled_labels(records, self.seed)
         paired = isinstance(records[0], Paired)
@@ -103,13 +115,11 @@ class DatasetBuilder:
         if not rows:
             raise DataError(f"{source}: no row can be used; the first: {encoded.bad[0]}")
         partners = self._partners([x for row in rows for x in row]) if self.pair_all else None
-        skipped = "".join(f"\n  skipped {message}" for message in [*loaded.bad, *encoded.bad])
+        skipped = "".join(f"\n  skipped {message}" for message in [*loaded.bad, *bad.messages, *encoded.bad])
         report = f"{_count(rows, self.view)}; {encoded.truncation}{skipped}"
         return FeedbackDataset(rows, partners, report)
 
-    def _in_view(self, records: Sequence[Record], training: bool) -> Sequence[Record]:
-        if self.view == "paired":
-            return as_paired(records)
+    def _in_view(self, records: Sequence[Record], training: bool, labelled: bool, bad: BadRows) -> Sequence[Record]:
         if self.view == "sft":
             demonstrations = as_demonstrations(records)
             if not demonstrations:
@@ -117,12 +127,20 @@ class DatasetBuilder:
                     f"{records[0].origin.file}: all completions are labelled undesirable: nothing to imitate"
                 )
             return demonstrations
-        if not training and all(isinstance(x, Paired) for x in records):
+        if not labelled and not any(isinstance(x, Paired) for x in records):
             return records
-        unpaired = as_unpaired(records, members=self.unpair, seed=self.seed)
-        if training:
-            _warn_of_one_class(unpaired)
-        return unpaired
+        if self.view == "unpaired" and not training and all(isinstance(x, Paired) for x in records):
+            return records
+        fitting: list[Record] = []
+        for record in records:
+            with bad.caught():
+                if self.view == "paired":
+                    fitting += as_paired([record])
+                else:
+                    fitting += as_unpaired([record], members=self.unpair, seed=self.seed)
+        if training and self.view == "unpaired":
+            _warn_of_one_class([x for x in fitting if isinstance(x, Unpaired)])
+        return fitting
 
     def _partners(self, members: Sequence[Example]) -> NDArray[np.int64]:
         try:

@@ -8,7 +8,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def export_policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+def export_policy(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, *, adopt_ids: bool = False
+) -> None:
     """Write weights (safetensors), tokenizer with its chat template, generation settings and model card.
 
     The folder appears whole or not at all: everything is written beside it, then renamed.
@@ -18,11 +20,17 @@ def export_policy(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         tokenizer: as the data used it, its end-of-sequence token included.
         folder: target; an older export of the same run is replaced.
         card: text of README.md.
+        adopt_ids: take all special token ids from the tokenizer: for a bare configuration, whose defaults belong to
+            some other tokenizer.
     """
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     generation = lm.generation_config
-    if generation is not None:
+    if adopt_ids:
+        for owner in (lm.config, generation):
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(owner, name, getattr(tokenizer, name))
+    elif generation is not None:
         known = generation.eos_token_id
         ends = [] if known is None else known if isinstance(known, list) else [known]
         if tokenizer.eos_token_id not in ends:

@@ -260,6 +260,15 @@ def test_bad_rows_are_named_or_skipped(bad: object, message: str, tiny_model: Pa
     assert "f.jsonl:2" in data.datasets["train"].report
 
 
+def test_a_row_of_another_view_is_a_bad_row_too(tiny_model: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "f.jsonl", [GOOD, {"prompt": "a", "completion": " e"}, OTHER])
+    with pytest.raises(DataError, match=r"f\.jsonl:2: label: missing"):
+        setup(tiny_model, train=file)
+    assert len(setup(tiny_model, train=file, on_bad_row="skip").datasets["train"]) == 2
+    scored = setup(tiny_model, "predict", test=file).datasets["predict"]
+    assert len(scored) == 3, "scoring needs no label"
+
+
 def test_ten_bad_rows_are_told_at_once(tiny_model: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "f.jsonl", [GOOD | {"label": "x"}] * 12)
     with pytest.raises(DataError) as error:

@@ -34,6 +34,8 @@ def read_rows(spec: str, split: str | None = None) -> Iterator[tuple[Origin, obj
     if not spec or path.suffix in files.READERS or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         siblings = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{spec!r}: no such file or folder{nearest(path.name, siblings)}")
+    if mistyped := nearest(spec, (x.name for x in Path.cwd().iterdir() if x.suffix in files.READERS), cutoff=0.8):
+        raise DataError(f"{spec!r}: no such file{mistyped}")  # at once, and not after a look on the hub
     return hub.read(spec, split)
 
 
