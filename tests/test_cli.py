@@ -1,4 +1,7 @@
-"""The command line, end to end on a tiny model: what a run leaves, and what a mistake is told."""
+"""The command line, end to end on a tiny model: what a run leaves, and what a mistake is told.
+
+The file is long because one fixture, a whole run on a tiny model, serves every command.
+"""
 
 from __future__ import annotations
 

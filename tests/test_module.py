@@ -1,4 +1,7 @@
-"""The training step against a plain loop over logits in float64, and what must not change a trajectory."""
+"""The training step against a plain loop over logits in float64, and what must not change a trajectory.
+
+The file is long because the naive loop and the fixtures of a trajectory serve every test of the step.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""From files to batches: views, y′, splits, order, and every complaint about the data."""
+"""From files to batches: views, y′, splits, order, and every complaint about the data.
+
+The file is long because every complaint about data is one case of the same set-up.
+"""
 
 from __future__ import annotations
 

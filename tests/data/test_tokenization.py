@@ -1,3 +1,8 @@
+"""No token lost, doubled or merged between prompt and completion.
+
+The file is long because each boundary rule is tried on each kind of tokenizer that is built here.
+"""
+
 import json
 
 import numpy as np
