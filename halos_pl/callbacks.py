@@ -35,7 +35,7 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Read off the device once a logged step, not once a refresh."""
-        step = trainer.global_step // max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        step = (trainer.global_step - 1) // max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if step != self._read[0]:
             names = {f"train/{name}": name.split("/")[-1].replace("tokens_per_second", "tok/s") for name in self.shown}
             logged = {names[key]: value for key, value in trainer.callback_metrics.items() if key in names}
