@@ -35,9 +35,9 @@ FIGURES = {
 
 def write_rows(data: str, limit: int | None, target: Path) -> tuple[int, ...]:
     """One random member of each pair of split train as JSONL, and the order of the rows in our first epoch."""
-    from halos_pl.data.records import as_unpaired
     from halos_pl.data.sampling import EpochSampler
     from halos_pl.data.sources import load_records
+    from halos_pl.data.views import as_unpaired
 
     members = as_unpaired(load_records(data, "train").records[:limit], members="one", seed=SEED)
     rows = [{"prompt": x.prompt, "completion": x.completion, "label": x.desirable} for x in members]

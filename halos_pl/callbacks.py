@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from halos_pl.data import AlignmentData
+from halos_pl.evaluate import Evaluation
 from halos_pl.losses import KTO
 from halos_pl.model_card import model_card
 from halos_pl.models import ModelError, export_policy
@@ -30,7 +32,7 @@ class ProgressBar(TQDMProgressBar):
     shown = ("loss", "kl", "rewards/margin", "tokens_per_second")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 50)
         self._read: tuple[int, dict[str, Any]] = (-1, {})
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
@@ -117,8 +119,11 @@ class RunReport(L.Callback):
         card = model_card(pl_module, data, self.before, self.after, steps=trainer.global_step)
         made_here = pl_module.source.config is not None
         export_policy(pl_module.policy.lm, data.tokenizer, self.folder / "policy", card, adopt_ids=made_here)
+        evaluation = next((x for x in _all(trainer) if isinstance(x, Evaluation)), None)
         if self.after:
             self.console.print(self.table())
+            if evaluation is not None and (samples := evaluation.table()) is not None:
+                self.console.print(samples)
         else:
             self._print("no held-out rows: --data.validation FILE shows how they fare before and after")
         places = {"policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)"}
@@ -126,17 +131,21 @@ class RunReport(L.Callback):
             places["checkpoints"] = str(self.folder / "checkpoints")
         if logs := [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]:
             places["curves"] = ", ".join(logs)
+        if evaluation is not None and evaluation.after:
+            places["samples"] = str(self.folder / "samples")
         places["settings"] = str(self.folder / "config.yaml")
         self._print("\n".join(f"{name:12} {place}" for name, place in places.items()))
 
     def table(self) -> Table:
-        table = Table(title="held-out rows", title_justify="left")
+        """Before and after, what was sampled first; a share with its interval stands on one line."""
+        table = Table(title="held out", title_justify="left")
         table.add_column("metric")
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")
-        for name, value in self.after.items():
-            old = self.before.get(name)
-            table.add_row(name.removeprefix("val/"), "" if old is None else f"{old:.4g}", f"{value:.4g}")
+        names = sorted(self.after, key=lambda name: not name.startswith(("val/samples/", "val/text/")))
+        for name in names:
+            if not name.endswith(("_low", "_high")):
+                table.add_row(_label(name), _value(self.before, name), _value(self.after, name))
         return table
 
 
@@ -207,6 +216,23 @@ def balance(objective: KTO, desirable: NDArray[np.bool_]) -> str:
         "" if 0.95 <= up / down <= 1.4 else "; the paper advises 1 to 4/3: set desirable_weight or undesirable_weight"
     )
     return f"balance: desirable rows weigh {up / down:.2f} times the undesirable ones{note}"
+
+
+def _all(trainer: L.Trainer) -> list[L.Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by the trainer's connectors
+
+
+def _label(name: str) -> str:
+    return name.removeprefix("val/") + (" (90 %)" if name == "val/samples/verified" else "")
+
+
+def _value(metrics: Metrics, name: str) -> str:
+    if name not in metrics:
+        return ""
+    if name + "_low" in metrics:
+        share, low, high = (100 * metrics[name + end] for end in ("", "_low", "_high"))
+        return f"{share:.1f} % ({low:.1f} – {high:.1f})"
+    return f"{metrics[name]:.4g}"
 
 
 def _held_out(trainer: L.Trainer) -> Metrics:

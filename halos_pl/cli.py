@@ -24,9 +24,11 @@ from halos_pl import losses
 from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
+from halos_pl.evaluate import Evaluation
 from halos_pl.losses import Objective
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
+from halos_pl.nano.shipped import MixtureError, refuse_mixture
 from halos_pl.parser_errors import explain
 from halos_pl.run_folder import ENV, RunError, RunFolder, claim, find_checkpoint
 
@@ -94,6 +96,7 @@ class HalosCLI(LightningCLI):
             "--name", type=str | None, default=None, help="Of the run's folder. Default: the objective, numbered."
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_seed")
 
@@ -145,6 +148,7 @@ class HalosCLI(LightningCLI):
                 callbacks.append(PredictionFile(folder / "predictions.jsonl"))
             else:
                 callbacks.append(RunReport(folder))
+                self.evaluation.folder = folder / "samples"
                 if config.get("enable_checkpointing") is not False:
                     callbacks += self._checkpoints(folder)
                 if "logger" in kwargs and config.get("logger") is not False:
@@ -156,11 +160,23 @@ class HalosCLI(LightningCLI):
             self._release_folder()
             raise
 
+    @property
+    def evaluation(self) -> Evaluation:
+        found = self._get(self.config_init, "evaluation")
+        assert isinstance(found, Evaluation)
+        return found
+
     def _read_data(self) -> None:
+        if self.subcommand in ("fit", "validate"):
+            options = self.config[self.subcommand]
+            keys = ("data.train", "data.validation", "evaluation.prompts", "evaluation.text")
+            refuse_mixture({key: options[key] for key in keys[self.subcommand != "fit" :]})
         self.datamodule.needs = self.model.data_needs
         self.datamodule.setup(self.subcommand)
         for stage, dataset in self.datamodule.datasets.items():
             rank_zero_only(print)(f"{stage}: {dataset.report}")
+        if self.subcommand in ("fit", "validate"):
+            self.evaluation.read(self.datamodule)
 
     def _claim_folder(self) -> Path:
         """A new folder; the same one for a run that goes on from its own checkpoint, and for predictions beside it."""
@@ -229,7 +245,7 @@ def run(argv: list[str]) -> int:
             raise
         print("halos_pl: interrupted; go on with --name NAME --ckpt_path last", file=sys.stderr)
         return 130
-    except (UsageError, ConfigNotFound, RunError, DataError, ModelError) as error:
+    except (UsageError, ConfigNotFound, RunError, DataError, ModelError, MixtureError) as error:
         print(f"halos_pl: error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -33,6 +33,19 @@ FORMULAS = {
 }
 """Logged under `train/`, `val/` and `test/` (the last three under `train/` only)."""
 
+SAMPLED = {
+    "samples/verified": "share of sampled completions that the verifier accepts",
+    "samples/verified_low": "lower end of its exact 90 % interval (Clopper and Pearson)",
+    "samples/verified_high": "upper end of the same",
+    "samples/kl": "mean log-ratio of sampled completions: the KL divergence from the reference, nats a sequence",
+    "samples/kl_token": "the same in nats a token: Σ log-ratios / Σ tokens",
+    "samples/distinct": "number of different completions / number of completions",
+    "samples/ended": "share of completions that end with EOS within max_new_tokens",
+    "samples/tokens": "mean tokens of a completion, EOS included",
+    "text/nll": "mean −log-probability of a token of `evaluation.text` under the policy, nats",
+}
+"""Logged under `val/` by `evaluate.Evaluation`, over completions sampled from the policy."""
+
 Values = Mapping[str, tuple[Tensor, Tensor | None]]
 """name → (values, weights or None): what enters a mean, [any] each. A weight of 0 leaves a value out without a sync."""
 

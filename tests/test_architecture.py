@@ -18,10 +18,15 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.accumulation": set(),
     "halos_pl.losses": {"halos_pl.batch", "halos_pl.value"},
     "halos_pl.data": {
-        "halos_pl.batch",
+        *("halos_pl.batch", "halos_pl.nano"),
         *("datasets", "transformers", "tokenizers", "lightning", "numpy", "pyarrow", "jinja2"),
     },
-    "halos_pl.models": {"transformers", "peft", "safetensors"},
+    "halos_pl.nano": set(),
+    "halos_pl.nano.__main__": {
+        *("halos_pl.data", "halos_pl.evaluate", "halos_pl.models", "halos_pl.nano"),
+        *("tokenizers", "transformers"),
+    },
+    "halos_pl.models": {"halos_pl.nano", "transformers", "peft", "safetensors"},
     "halos_pl.scoring": {"halos_pl.batch", "halos_pl.models", "halos_kernels", "transformers"},
     "halos_pl.metrics": {"halos_pl.batch", "torchmetrics"},
     "halos_pl.module": {
@@ -32,8 +37,19 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.resume": {"halos_pl.models"},
     "halos_pl.run_folder": {"lightning"},
     "halos_pl.model_card": {"halos_pl", "halos_pl.data", "halos_pl.module", "yaml"},
+    "halos_pl.evaluate": {
+        *("halos_pl.batch", "halos_pl.data", "halos_pl.module"),
+        *("lightning", "numpy", "rich", "transformers"),
+    },
     "halos_pl.callbacks": {
-        *("halos_pl.data", "halos_pl.losses", "halos_pl.model_card", "halos_pl.models", "halos_pl.module"),
+        *(
+            "halos_pl.data",
+            "halos_pl.evaluate",
+            "halos_pl.losses",
+            "halos_pl.model_card",
+            "halos_pl.models",
+            "halos_pl.module",
+        ),
         *("lightning", "numpy", "rich"),
     },
     "halos_pl.config_files": set(),

@@ -47,7 +47,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def fit(run: Run, tiny_model: Path, pairs_file: Path) -> Run:
     """`fit` on the tiny model and pairs, four steps, with whatever a test adds."""
     options = {
-        "config": "kto.yaml",
+        "config": "recipes/kto.yaml",
         "model.policy": tiny_model,
         "data.train": pairs_file,
         "model.optimizer.lr": 1e-3,
@@ -164,7 +164,7 @@ def test_going_on_with_a_run_that_has_ended_changes_nothing(fit: Run, tmp_path: 
 def test_a_random_model_from_a_configuration(fit: Run, tmp_path: Path, tiny_model: Path) -> None:
     config = {"model_type": "llama", "vocab_size": 260, "hidden_size": 16, "intermediate_size": 32}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128}
-    options = {"model__policy": None, "model__tokenizer": tiny_model, "config": "sft.yaml"}
+    options = {"model__policy": None, "model__tokenizer": tiny_model, "config": "recipes/sft.yaml"}
     assert fit(model__config=json.dumps(config), **options) == 0
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert fit(model__config=tmp_path / "config.json", **options) == 0

@@ -16,7 +16,8 @@ from halos_pl.data.collate import Collator, Item
 from halos_pl.data.dataset import DatasetBuilder, FeedbackDataset
 from halos_pl.data.records import DataError, DataWarning
 from halos_pl.data.sampling import EpochSampler
-from halos_pl.data.tokenization import CompletionTokenizer, load_tokenizer
+from halos_pl.data.tokenization import CompletionTokenizer
+from halos_pl.data.tokenizers import load_tokenizer
 
 Stage = Literal["train", "validation", "test", "predict"]
 

@@ -22,12 +22,10 @@ from halos_pl.data.records import (
     Paired,
     Record,
     Unpaired,
-    as_demonstrations,
-    as_paired,
-    as_unpaired,
 )
 from halos_pl.data.sources import load_records
 from halos_pl.data.tokenization import CompletionTokenizer, Example
+from halos_pl.data.views import as_demonstrations, as_paired, as_unpaired
 
 Row = tuple[Example, ...]
 """One example, or the chosen and the rejected member of a pair."""

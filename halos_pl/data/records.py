@@ -8,7 +8,6 @@ conversational (a list of messages), the same on both sides. A row that means no
 from __future__ import annotations
 
 import json
-import random
 import re
 import reprlib
 import warnings
@@ -118,6 +117,20 @@ def parse_record(row: object, origin: Origin) -> Record:
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: the row is {_got(row)}; expected an object with {SCHEMAS}")
     return _Row({key: value for key, value in row.items() if value is not None or key == "label"}, origin).record()
+
+
+def parse_prompt(row: object, origin: Origin) -> tuple[Text, list[dict[str, Any]] | None]:
+    """Prompt and tools of a row, whatever completions it has beside it; DataError where no completion can follow."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{origin}: the row is {_got(row)}; expected an object with prompt or messages")
+    checked = _Row({key: value for key, value in row.items() if value is not None}, origin)
+    if "chosen" in row and "prompt" not in row:
+        return (pair := checked.paired()).prompt, pair.tools
+    key = "messages" if "messages" in row and "prompt" not in row else "prompt"
+    text = checked.text(key)
+    if key == "messages" and isinstance(text, list) and text and text[-1]["role"] == "assistant":
+        text = text[:-1]
+    return (prompt := checked.prompt(text, key)), checked.tools(prompt)
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
@@ -250,40 +263,6 @@ class _Row:
             raise self.origin.error("tools", "given beside a plain prompt", "a conversational prompt")
         self.characters("tools", tools)
         return tools
-
-
-def as_unpaired(records: Iterable[Record], *, members: Literal["both", "one"] = "both", seed: int) -> list[Unpaired]:
-    """Labelled completions: a pair gives its chosen (desirable) and its rejected member, adjacent in this order.
-
-    With `members="one"` a pair gives one of them, by a coin that depends on (seed, the row's number) alone.
-    A completion without a label raises DataError.
-    """
-    unpaired: list[Unpaired] = []
-    for record in records:
-        if isinstance(record, Paired):
-            coin = random.Random(f"{seed}:{record.origin.row}").random() < 0.5
-            unpaired += map(record.member, (True, False) if members == "both" else (coin,))
-        elif record.desirable is None:
-            raise record.origin.error("label", "missing", "true or false, which KTO-like objectives learn from")
-        else:
-            unpaired.append(record)
-    return unpaired
-
-
-def as_paired(records: Iterable[Record]) -> list[Paired]:
-    """Preference pairs; a single completion among them raises DataError."""
-    pairs: list[Paired] = []
-    for record in records:
-        if isinstance(record, Unpaired):
-            raise record.origin.error("chosen", "missing", "prompt+chosen+rejected, which DPO-like objectives need")
-        pairs.append(record)
-    return pairs
-
-
-def as_demonstrations(records: Iterable[Record]) -> list[Unpaired]:
-    """What to imitate: the chosen members of pairs and all completions but those labelled undesirable."""
-    members = (record.member(True) if isinstance(record, Paired) else record for record in records)
-    return [member for member in members if member.desirable is not False]
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -12,16 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.records import BadRows, Message, OnBadRow, Origin, Text, Unpaired
 from halos_pl.data.templates import TEMPLATES, resolve_template
+from halos_pl.data.tokenizers import opening_and_continuation
 
 Tokens = NDArray[np.int32]
 Tools = list[Any]
@@ -119,7 +119,7 @@ class CompletionTokenizer:
         self.chat_template = resolve_template(chat_template, tokenizer)
         if chat_template is not None:
             tokenizer.chat_template = self.chat_template
-        self._opening, self._continuation = _opening_and_continuation(backend)
+        self._opening, self._continuation = opening_and_continuation(backend)
         self.eos_token_id = self._set_eos(eos_token)
         self._prefix = self._special_prefix()
 
@@ -132,6 +132,17 @@ class CompletionTokenizer:
         """
         rendered = self._render(prompt, completion, origin, tools)
         return self._fit(*next(self._ids([rendered])), origin)
+
+    def encode_prompt(self, prompt: Text, *, origin: Origin, tools: Tools | None = None) -> Tokens:
+        """Token ids that a completion follows: those that training has before it, cut on the left to what
+        `max_length` leaves beside one token.
+
+        Raises:
+            DataError: naming the row, where there is no chat template for it, or the template fails.
+        """
+        text = prompt if isinstance(prompt, str) else self._apply(prompt, origin, tools, reply=True)
+        ids = self._opened(self._opening.encode(text, add_special_tokens=False).ids)
+        return np.array(self._cut(ids, self.max_length - 1), np.int32)
 
     def examples(self, records: Sequence[Unpaired], *, on_bad_row: OnBadRow = "error") -> Encoded:
         """Examples of all records, tokenized in chunks by all cores.
@@ -178,10 +189,6 @@ class CompletionTokenizer:
             return _Rendered(prompt, completion)
         if isinstance(prompt, str) or isinstance(completion, str):
             raise origin.error("completion", "of another kind than the prompt", "both plain or both conversational")
-        if self.chat_template is None:
-            names = ", ".join(TEMPLATES)
-            expected = f"one: --data.chat_template {{{names}}} or FILE.jinja"
-            raise origin.error("prompt", "conversational, and the tokenizer has no chat template", expected)
         before = self._apply(prompt, origin, tools, reply=True)
         whole = self._apply(prompt + completion, origin, tools, reply=False)
         if not whole.startswith(before):
@@ -193,6 +200,10 @@ class CompletionTokenizer:
         return _Rendered(before, text + eos + ("" if eos and not rest.strip() else rest))
 
     def _apply(self, messages: list[Message], origin: Origin, tools: Tools | None, *, reply: bool) -> str:
+        if self.chat_template is None:
+            names = ", ".join(TEMPLATES)
+            expected = f"one: --data.chat_template {{{names}}} or FILE.jinja"
+            raise origin.error("prompt", "conversational, and the tokenizer has no chat template", expected)
         try:
             text = self.tokenizer.apply_chat_template(messages, tools, add_generation_prompt=reply, tokenize=False)
         except Exception as error:  # a template is a program of the user's: whatever it raises is about this row
@@ -206,13 +217,24 @@ class CompletionTokenizer:
         for text, before, after in zip(texts, prompts, completions, strict=True):
             if not text.prompt:  # the completion itself opens the text
                 after = self._opening.encode(text.completion, add_special_tokens=False)
-            prompt, completion = before.ids, after.ids
-            if prompt[: len(self._prefix)] != self._prefix:  # a template may have written BOS
-                prompt = self._prefix + prompt
-            if not prompt:  # the first token of the completion is predicted from something
-                bos = self.tokenizer.bos_token_id
-                prompt = [self.eos_token_id if bos is None else bos]
+            prompt, completion = self._opened(before.ids), after.ids
             yield prompt, completion if completion[-1:] == [self.eos_token_id] else [*completion, self.eos_token_id]
+
+    def _opened(self, prompt: list[int]) -> list[int]:
+        if prompt[: len(self._prefix)] != self._prefix:  # a template may have written BOS
+            prompt = self._prefix + prompt
+        if not prompt:  # the first token of the completion is predicted from something
+            bos = self.tokenizer.bos_token_id
+            prompt = [self.eos_token_id if bos is None else bos]
+        return prompt
+
+    def _cut(self, prompt: list[int], size: int) -> list[int]:
+        """The end of a prompt, its BOS before it."""
+        if size >= len(prompt):
+            return prompt
+        lead = self._prefix or [self.tokenizer.bos_token_id]
+        lead = lead[:size] if prompt[: len(lead)] == lead else []
+        return lead + prompt[len(prompt) - size + len(lead) :]
 
     def _fit(self, prompt: list[int], completion: list[int], origin: Origin) -> Tokenized:
         """The truncation rule (see `max_length`)."""
@@ -221,33 +243,13 @@ class CompletionTokenizer:
         size, whole = len(prompt), len(completion)
         if size + whole > self.max_length and size > self.max_prompt_length:
             size = min(size, max(self.max_prompt_length, self.max_length - whole))
-        kept = prompt
-        if size < len(prompt):
-            lead = self._prefix or [self.tokenizer.bos_token_id]
-            lead = lead[:size] if prompt[: len(lead)] == lead else []
-            kept = lead + prompt[len(prompt) - size + len(lead) :]
         fitting = completion[: self.max_length - size]
         return Tokenized(
-            np.array(kept, np.int32), np.array(fitting, np.int32), size < len(prompt), len(fitting) < whole
+            np.array(self._cut(prompt, size), np.int32),
+            np.array(fitting, np.int32),
+            size < len(prompt),
+            len(fitting) < whole,
         )
-
-
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name.
-
-    Raises:
-        ValueError: where there is none.
-    """
-    try:
-        folder = Path(name).expanduser()
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder if folder.is_dir() else name, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made up from a bare config.json
-        raise ValueError(f"no tokenizer in {name!r}: it has no tokenizer.json; name one with --model.tokenizer")
-    return tokenizer
 
 
 def _example(record: Unpaired, tokens: Tokenized) -> Example:
@@ -257,31 +259,3 @@ def _example(record: Unpaired, tokens: Tokenized) -> Example:
 
 def _key(value: object) -> bytes:
     return blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()
-
-
-def _opening_and_continuation(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
-    """Private copies of the tokenizer, without truncation and padding: for the start of a text, and for what follows.
-
-    The second one lacks the dummy space that SentencePiece-like tokenizers put before a text; without such a space it
-    is the first one.
-    """
-    opening = Tokenizer.from_str(backend.to_str())
-    opening.no_truncation()
-    opening.no_padding()
-    description = json.loads(opening.to_str())
-    changed = description | {x: _without_prefix_space(description[x]) for x in ("normalizer", "pre_tokenizer")}
-    return opening, opening if changed == description else Tokenizer.from_str(json.dumps(changed))
-
-
-def _without_prefix_space(part: Any) -> Any:
-    match part:
-        case {"type": "Sequence"}:
-            key = next(x for x in part if x != "type")
-            return part | {key: [kept for x in part[key] if (kept := _without_prefix_space(x)) is not None]}
-        case {"type": "Prepend"}:
-            return None
-        case {"type": "Metaspace"}:
-            return part | {"prepend_scheme": "never"}
-        case {"type": "ByteLevel"} if "add_prefix_space" in part:
-            return part | {"add_prefix_space": False}
-    return part

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from halos_pl.nano.shipped import locate
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -29,7 +31,7 @@ class ModelSource:
     """Where a model comes from: pretrained weights (`name`), or random weights of a configuration (`config`).
 
     Args:
-        name: folder in Hugging Face format, or hub name.
+        name: folder in Hugging Face format, hub name, or `nano:model`.
         config: a config.json, a folder that holds one, or its content as a mapping.
         dtype: of the weights: float32, bfloat16 or float64.
         dropout: keep the dropout of the configuration; otherwise all of it is set to 0.
@@ -112,7 +114,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
                 torch.manual_seed(source.seed)
                 model = AutoModelForCausalLM.from_config(config, **options)
         else:
-            folder = str(Path(source.name).expanduser())
+            folder = str(Path(locate(source.name)).expanduser())
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -184,7 +186,10 @@ def _zero_dropout(owner: object) -> None:
 
 
 def _read_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
-    path = Path(name).expanduser()
+    try:
+        path = Path(name := locate(name)).expanduser()
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
         siblings = [str(x) for x in path.parent.iterdir() if x.is_dir()] if path.parent.is_dir() else []

@@ -1,5 +1,4 @@
 import warnings
-from collections import Counter
 
 import pytest
 
@@ -10,9 +9,7 @@ from halos_pl.data.records import (
     Origin,
     Paired,
     Unpaired,
-    as_demonstrations,
-    as_paired,
-    as_unpaired,
+    parse_prompt,
     parse_record,
 )
 
@@ -146,43 +143,6 @@ def test_huge_fields_warn_in_one_line():
         parse_record({"prompt": "x" * 1_000_000, "completion": "b"}, HERE)
 
 
-def pairs(count):
-    return [Paired(f"p{i}", f"w{i}", f"l{i}", Origin("f", i)) for i in range(count)]
-
-
-def test_pairs_become_labelled_completions_side_by_side():
-    labelled = Unpaired("q", "c", False, HERE)
-    views = as_unpaired([*pairs(2), labelled], seed=0)
-    assert [(x.prompt, x.completion, x.desirable) for x in views] == [
-        ("p0", "w0", True),
-        ("p0", "l0", False),
-        ("p1", "w1", True),
-        ("p1", "l1", False),
-        ("q", "c", False),
-    ]
-
-
-def test_one_member_of_a_pair_depends_on_seed_and_row_alone():
-    whole = as_unpaired(pairs(200), members="one", seed=3)
-    assert as_unpaired(pairs(200)[50:], members="one", seed=3) == whole[50:]
-    assert as_unpaired(pairs(200), members="one", seed=4) != whole
-    assert 70 < Counter(x.desirable for x in whole)[True] < 130
-    assert all(x.completion[0] == ("w" if x.desirable else "l") for x in whole)
-
-
-def test_views_refuse_what_they_cannot_read():
-    with pytest.raises(DataError, match=r"^rows.jsonl:7: label: missing; expected"):
-        as_unpaired([Unpaired("q", "c", None, HERE)], seed=0)
-    with pytest.raises(DataError, match=r"^rows.jsonl:7: chosen: missing; expected prompt\+chosen\+rejected"):
-        as_paired([*pairs(1), Unpaired("q", "c", True, HERE)])
-    assert as_paired(pairs(2)) == pairs(2)
-
-
-def test_demonstrations_leave_out_what_is_undesirable():
-    labelled = [Unpaired("q", str(label), label, HERE) for label in (True, False, None)]
-    assert [x.completion for x in as_demonstrations([*pairs(1), *labelled])] == ["w0", "True", "None"]
-
-
 def collect(bad, count):
     for i in range(count):
         with bad.caught():
@@ -200,3 +160,34 @@ def test_bad_rows_are_listed_ten_at_a_time_or_kept():
     assert lenient.messages == [f"e{i}" for i in range(11)]
     with pytest.raises(ValueError, match="on_bad_row is 'ignore'"):
         BadRows("ignore")
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "a", "completion": 3}, "a"),
+        ({"prompt": [USER], "value": "rain"}, [USER]),
+        ({"messages": [USER, GOOD]}, [USER]),
+        ({"messages": [USER, GOOD, OTHER_USER]}, [USER, GOOD, OTHER_USER]),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER]),
+    ],
+)
+def test_the_prompt_of_any_row(row, prompt):
+    assert parse_prompt(row, HERE) == (prompt, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("a", "the row is 'a' (str)"),
+        ({"promt": "a"}, "prompt: missing (did you mean 'promt'?)"),
+        ({"prompt": [USER, GOOD]}, "prompt: no turn to reply to"),
+        ({"messages": [GOOD]}, "messages: no turn to reply to"),
+        ({"prompt": 3}, "prompt: got 3 (int)"),
+    ],
+)
+def test_a_row_without_a_prompt_is_refused(row, says):
+    with pytest.raises(DataError) as error:
+        parse_prompt(row, HERE)
+    assert str(error.value).startswith("rows.jsonl:7: ")
+    assert says in str(error.value)

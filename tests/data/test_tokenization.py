@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from halos_pl.data.records import DataError, Origin, Unpaired
-from halos_pl.data.tokenization import CompletionTokenizer, TruncationReport, load_tokenizer
+from halos_pl.data.tokenization import CompletionTokenizer, TruncationReport
+from halos_pl.data.tokenizers import load_tokenizer
 
 HERE = Origin("rows.jsonl", 7)
 SENTENCES = ["the cat sat on the mat", "the dog is selling this sketch.", "Once upon a time there was a cat."] * 5

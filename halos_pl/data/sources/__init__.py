@@ -8,6 +8,7 @@ from pathlib import Path
 
 from halos_pl.data.records import BadRows, DataError, OnBadRow, Origin, Record, nearest, parse_record
 from halos_pl.data.sources import files, hub
+from halos_pl.nano.shipped import generated, locate
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,19 @@ def read_rows(spec: str, split: str | None = None) -> Iterator[tuple[Origin, obj
     """Rows of one source; a DataError in a row's place stands for a row that could not be read.
 
     Args:
-        spec: a JSON, JSONL or Parquet file, a folder of these, or the name of a hub dataset.
+        spec: a JSON, JSONL or Parquet file, a folder of these, the name of a hub dataset, or a `nano:` name of what
+            ships.
         split: local rows whose `split` field (else whose file's name) says so; the hub's split (default: train).
 
     Raises:
         DataError: where there is no such source, it holds no rows or not the split, or cannot be read at all.
     """
-    path = Path(spec).expanduser()
+    if (rows := generated(spec)) is not None:
+        return ((Origin(spec, number), row) for number, row in enumerate(rows, 1))
+    try:
+        path = Path(spec := locate(spec)).expanduser()
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if spec and path.exists():
         return files.read(path, split)
     if not spec or path.suffix in files.READERS or spec.startswith((".", "/", "~")) or spec.count("/") > 1:

@@ -1,0 +1,43 @@
+"""How an objective reads records: single labelled completions, preference pairs, or demonstrations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Literal
+
+from halos_pl.data.records import Paired, Record, Unpaired
+
+
+def as_unpaired(records: Iterable[Record], *, members: Literal["both", "one"] = "both", seed: int) -> list[Unpaired]:
+    """Labelled completions: a pair gives its chosen (desirable) and its rejected member, adjacent in this order.
+
+    With `members="one"` a pair gives one of them, by a coin that depends on (seed, the row's number) alone.
+    A completion without a label raises DataError.
+    """
+    unpaired: list[Unpaired] = []
+    for record in records:
+        if isinstance(record, Paired):
+            coin = random.Random(f"{seed}:{record.origin.row}").random() < 0.5
+            unpaired += map(record.member, (True, False) if members == "both" else (coin,))
+        elif record.desirable is None:
+            raise record.origin.error("label", "missing", "true or false, which KTO-like objectives learn from")
+        else:
+            unpaired.append(record)
+    return unpaired
+
+
+def as_paired(records: Iterable[Record]) -> list[Paired]:
+    """Preference pairs; a single completion among them raises DataError."""
+    pairs: list[Paired] = []
+    for record in records:
+        if isinstance(record, Unpaired):
+            raise record.origin.error("chosen", "missing", "prompt+chosen+rejected, which DPO-like objectives need")
+        pairs.append(record)
+    return pairs
+
+
+def as_demonstrations(records: Iterable[Record]) -> list[Unpaired]:
+    """What to imitate: the chosen members of pairs and all completions but those labelled undesirable."""
+    members = (record.member(True) if isinstance(record, Paired) else record for record in records)
+    return [member for member in members if member.desirable is not False]

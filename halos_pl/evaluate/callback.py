@@ -1,0 +1,255 @@
+"""A look at what the policy says, at every validation: sampled, verified, compared with the reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from halos_pl.batch import Sequences
+from halos_pl.data import AlignmentData, DataError
+from halos_pl.data.collate import sequences
+from halos_pl.data.tokenization import CompletionTokenizer, Tokens
+from halos_pl.evaluate.interval import clopper_pearson
+from halos_pl.evaluate.prompts import Prompt, load_prompts, load_text
+from halos_pl.evaluate.sample import Sampling, sample
+from halos_pl.module import AlignmentModule
+
+Verifier = Callable[[Mapping[str, Any], str], bool]
+"""Whether a completion is right: called with the row of its prompt and the completion's text."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A sampled completion and what is known of it."""
+
+    prompt: int
+    completion: str
+    verified: bool | None  # None without a verifier
+    kl: float | None  # log π − log π_ref of the completion, nats; None without a reference
+    tokens: int  # EOS included
+    ended: bool  # with EOS, before max_new_tokens
+
+
+class Evaluation(L.Callback):
+    """Samples a completion for each of some prompts at every validation, and logs what FORMULAS of `metrics` say.
+
+    Args:
+        prompts: Source of prompts: a file of rows with `prompt` (or `messages`), such as your held-out feedback.
+            Default: nothing is sampled.
+        split: Take the prompts whose `split` field has this value.
+        verifier: Import path of a function (row, completion) -> bool that says whether a completion is right.
+        text: Source of texts whose loss shows what is forgotten, read as SFT reads them.
+        limit: Take the first so many prompts (and texts).
+        temperature: Of the softmax; 0 takes the likeliest token every time.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        max_new_tokens: Longer completions are cut there.
+        seed: Of the noise, which belongs to prompt and place: batch size and ranks change nothing.
+        batch_size: Prompts at a time.
+        shown: How many completions to print before and after.
+    """
+
+    def __init__(
+        self,
+        prompts: str | None = None,
+        split: str | None = None,
+        verifier: Verifier | None = None,
+        text: str | None = None,
+        limit: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        batch_size: int = 64,
+        shown: int = 5,
+    ) -> None:
+        if prompts is None and (verifier or split):
+            raise ValueError("evaluation.verifier and evaluation.split have no use without evaluation.prompts")
+        if limit is not None and limit < 1:
+            raise ValueError(f"evaluation.limit must be at least 1, got {limit}")
+        if shown < 0:
+            raise ValueError(f"evaluation.shown must be at least 0, got {shown}")
+        self.how = Sampling(temperature, top_p, max_new_tokens, seed, batch_size)
+        self.source, self.split, self.verifier = prompts, split, verifier
+        self.text_source, self.limit, self.shown = text, limit, shown
+        self.prompts: list[Prompt] = []
+        self.text: list[tuple[Tokens, Tokens]] = []
+        self.folder: Path | None = None
+        self.before: list[Said] = []
+        self.after: list[Said] = []
+        self._read_with: CompletionTokenizer | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.source is not None or self.text_source is not None
+
+    def read(self, data: AlignmentData) -> None:
+        """Read prompts and text, as soon as the data module has its tokenizer.
+
+        Raises:
+            DataError: rows that cannot be used, or no held-out rows: without them nothing is validated.
+        """
+        if not self.active or data.encoder is None or data.encoder is self._read_with:
+            return
+        if data.sources["validation"][0] is None:
+            raise DataError("evaluation runs at every validation, which needs held-out rows: --data.validation FILE")
+        encoder = self._read_with = data.encoder
+        if self.source is not None:
+            self.prompts = load_prompts(self.source, encoder, split=self.split, limit=self.limit)
+            longest = max(len(prompt.tokens) for prompt in self.prompts)
+            if longest + self.how.max_new_tokens > encoder.max_length:
+                raise DataError(
+                    f"evaluation: the longest prompt has {longest} tokens, which with max_new_tokens "
+                    f"{self.how.max_new_tokens} is more than max_length {encoder.max_length}"
+                )
+        if self.text_source is not None:
+            self.text = load_text(self.text_source, encoder, limit=self.limit)
+
+    # ------------------------------------------------------------------------------------------ hooks
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if not self.active or stage not in ("fit", "validate"):
+            return
+        if not isinstance(data, AlignmentData) or not isinstance(pl_module, AlignmentModule):
+            raise TypeError("Evaluation goes with AlignmentModule and AlignmentData")
+        self.read(data)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.active:
+            return
+        assert isinstance(pl_module, AlignmentModule)
+        rank, world = trainer.global_rank, trainer.world_size
+        said = self.sample(pl_module, range(rank, len(self.prompts), world))
+        nll = self.text_nll(pl_module, self.text[rank::world])
+        gathered: list[Any] = [None] * world
+        if world > 1:
+            torch.distributed.all_gather_object(gathered, (said, nll))
+        else:
+            gathered = [(said, nll)]
+        said = sorted((x for part, _ in gathered for x in part), key=lambda x: x.prompt)
+        values = summary(said)
+        if self.text:
+            total, count = map(sum, zip(*(part for _, part in gathered), strict=True))
+            values["text/nll"] = total / count
+        pl_module.log_dict({f"val/{name}": value for name, value in values.items()})
+        if not self.before:
+            self.before = said
+        self.after = said
+        if self.folder is not None and trainer.is_global_zero and said:
+            self._write(self.folder / f"step={trainer.global_step}.jsonl", said)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": [asdict(x) for x in self.before]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = [Said(**x) for x in state_dict["before"]]
+
+    def table(self) -> Table | None:
+        """The first completions before and after, or None where nothing was sampled."""
+        if not self.after or not self.shown:
+            return None
+        table = Table(title="samples", title_justify="left", show_lines=True)
+        table.add_column("prompt", ratio=2)
+        table.add_column("before", ratio=3)
+        table.add_column("after", ratio=3)
+        before = {x.prompt: x for x in self.before}
+        for x in self.after[: self.shown]:
+            old = before.get(x.prompt)
+            table.add_row(self.prompts[x.prompt].last_turn, _marked(old) if old else "", _marked(x))
+        return table
+
+    # ------------------------------------------------------------------------------------------ what it measures
+
+    def sample(self, module: AlignmentModule, rows: Sequence[int]) -> list[Said]:
+        """Completions of some prompts by the policy, verified, and scored against the reference."""
+        if not rows:
+            return []
+        encoder, policy = self._read_with, module.policy
+        assert encoder is not None
+        assert policy is not None
+        pad = encoder.tokenizer.pad_token_id
+        prompts = [self.prompts[i] for i in rows]
+        drawn = sample(
+            policy.lm,
+            [prompt.tokens for prompt in prompts],
+            self.how,
+            eos_token_id=encoder.eos_token_id,
+            pad_token_id=pad,
+            rows=rows,
+        )
+        texts = encoder.tokenizer.batch_decode([tokens.tolist() for tokens in drawn], skip_special_tokens=True)
+        kl: list[float | None] = [None] * len(rows)
+        if module.reference is not None:
+            pairs = [(prompt.tokens, tokens) for prompt, tokens in zip(prompts, drawn, strict=True)]
+            kl = [x for part in self._rows(pairs, module) for x in module.score(part).logratio.tolist()]
+        return [
+            Said(
+                prompt=i,
+                completion=text,
+                verified=None if self.verifier is None else bool(self.verifier(prompt.row, text)),
+                kl=ratio,
+                tokens=len(tokens),
+                ended=bool(tokens[-1] == encoder.eos_token_id),
+            )
+            for i, prompt, text, ratio, tokens in zip(rows, prompts, texts, kl, drawn, strict=True)
+        ]
+
+    def text_nll(self, module: AlignmentModule, text: Sequence[tuple[Tokens, Tokens]]) -> tuple[float, int]:
+        """Σ −log π and the number of tokens."""
+        assert module.policy is not None
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for part in self._rows(text, module):
+                total -= float(module.policy(part).logp.double().sum())
+                count += part.num_scored
+        return total, count
+
+    def _rows(self, pairs: Sequence[tuple[Tokens, Tokens]], module: AlignmentModule) -> list[Sequences]:
+        assert self._read_with is not None
+        pad, size = self._read_with.tokenizer.pad_token_id, self.how.batch_size
+        parts = (pairs[i : i + size] for i in range(0, len(pairs), size))
+        vocabulary = module.data_needs.vocab_size
+        return [sequences(part, pad_id=pad, vocab_size=vocabulary).to(module.device) for part in parts]
+
+    def _write(self, path: Path, said: Sequence[Said]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for x in said:
+                known = {key: value for key, value in asdict(x).items() if key != "prompt" and value is not None}
+                file.write(json.dumps({"prompt": self.prompts[x.prompt].text} | known, ensure_ascii=False) + "\n")
+
+
+def _marked(said: Said) -> Text:
+    """The completion with its verdict; nothing in it is markup."""
+    text = Text(said.completion)
+    if said.verified is not None:
+        text.append(" ✓" if said.verified else " ✗", style="green" if said.verified else "red")
+    return text
+
+
+def summary(said: Sequence[Said]) -> dict[str, float]:
+    """Means over completions, by the names of `metrics.SAMPLED`."""
+    if not said:
+        return {}
+    values: dict[str, float] = {}
+    n, tokens = len(said), sum(x.tokens for x in said)
+    if said[0].verified is not None:
+        right = sum(bool(x.verified) for x in said)
+        low, high = clopper_pearson(right, n)
+        values |= {"samples/verified": right / n, "samples/verified_low": low, "samples/verified_high": high}
+    if said[0].kl is not None:
+        kl = sum(x.kl or 0.0 for x in said)
+        values |= {"samples/kl": kl / n, "samples/kl_token": kl / tokens}
+    return values | {
+        "samples/distinct": len({x.completion for x in said}) / n,
+        "samples/ended": sum(x.ended for x in said) / n,
+        "samples/tokens": tokens / n,
+    }
