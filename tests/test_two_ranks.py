@@ -44,6 +44,11 @@ def test_two_ranks_train_as_one_process_does(name: str, ranks: tuple[Results, Re
             row.pop("train/tokens_per_second")
         assert ours == pytest.approx(truth, abs=1e-9, rel=0)
     assert together["held_out"] == pytest.approx(alone["held_out"], abs=1e-9, rel=0)
+    assert "val/samples/distinct" in alone["held_out"]
+    assert "val/text/nll" in alone["held_out"]
+    for ours, truth in zip(together["said"], alone["said"], strict=True):
+        assert ours[:2] == truth[:2], "prompt and completion"
+        assert ours[2] == pytest.approx(truth[2], abs=1e-9)
     torch.testing.assert_close(together["parameters"], alone["parameters"], atol=1e-9, rtol=0)
     assert torch.equal(together["parameters"], ranks[1][name]["parameters"])
     losses = [row["train/loss"] for row in alone["rows"]]

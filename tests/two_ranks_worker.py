@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halos_pl.accumulation import StepMean
 from halos_pl.data import AlignmentData
+from halos_pl.evaluate import Evaluation
 from halos_pl.losses import DPO, KTO, SFT, Objective
 from halos_pl.metrics import Averages
 from halos_pl.module import AlignmentModule
@@ -79,6 +80,7 @@ def train(case: Case, files: dict[str, str], ranks: int) -> dict[str, Any]:
         eval_batch_size=32 // ranks,
         seed=3,
     )
+    evaluation = Evaluation(files["thumbs"], text=files["thumbs"], limit=7, max_new_tokens=6, batch_size=3)
     trainer = L.Trainer(
         strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
         accelerator="cpu",
@@ -89,6 +91,7 @@ def train(case: Case, files: dict[str, str], ranks: int) -> dict[str, Any]:
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         limit_val_batches=0,
+        callbacks=[evaluation],
         logger=record,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -99,7 +102,8 @@ def train(case: Case, files: dict[str, str], ranks: int) -> dict[str, Any]:
     parameters = torch.cat([p.detach().flatten() for p in module.policy.parameters()])
     trainer.limit_val_batches = 1.0
     (held_out,) = trainer.validate(module, datamodule=data, verbose=False)
-    return {"rows": record.rows, "held_out": held_out, "parameters": parameters}
+    said = [(x.prompt, x.completion, x.kl or 0.0) for x in evaluation.after]
+    return {"rows": record.rows, "held_out": held_out, "parameters": parameters, "said": said}
 
 
 def uneven(rank: int) -> dict[str, float]:

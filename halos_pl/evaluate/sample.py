@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -85,32 +86,29 @@ def sample(
     rows = range(len(prompts)) if rows is None else rows
     out: list[Tokens] = [np.empty(0, np.int32)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
-    training = model.training
+    training, settings = model.training, model.generation_config
     model.eval()
+    # the model's own settings would fill whatever a call leaves open
+    model.generation_config = GenerationConfig(
+        do_sample=False,  # the last processor has drawn
+        max_new_tokens=how.max_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+    )
     try:
         for start in range(0, len(order), how.batch_size):
             batch = order[start : start + how.batch_size]
             ids, mask = _left_padded([prompts[i] for i in batch], pad_token_id, model.device)
-            noise = np.stack([_uniform(how, rows[i]) for i in batch])
+            noise = torch.from_numpy(np.stack([_uniform(how, rows[i]) for i in batch])).to(model.device)
             generated: Tensor = model.generate(  # type: ignore[operator]  # typed as a tensor in some releases
-                ids,
-                attention_mask=mask,
-                do_sample=False,  # the last processor has drawn
-                num_beams=1,
-                max_new_tokens=how.max_new_tokens,
-                eos_token_id=eos_token_id,
-                pad_token_id=pad_token_id,
-                logits_processor=_processors(how, torch.from_numpy(noise).to(model.device), ids.shape[1]),
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=None,
+                ids, attention_mask=mask, logits_processor=_processors(how, noise, ids.shape[1])
             )
             for i, tokens in zip(batch, generated[:, ids.shape[1] :].cpu().numpy().astype(np.int32), strict=True):
                 ends = np.flatnonzero(tokens == eos_token_id)
                 out[i] = tokens[: ends[0] + 1] if len(ends) else tokens
             progress(len(batch))
     finally:
+        model.generation_config = settings
         model.train(training)
     return out
 
