@@ -91,7 +91,7 @@ def test_values_are_those_of_plain_loops(tiny_model: Path, thumbs_file: Path, tm
     desirable = [row for row in rows if row["label"]][:13]
     nll, count = 0.0, 0
     for row in desirable:
-        ids = byte_ids.encode(row["completion"], add_special_tokens=False) + [2]
+        ids = [*byte_ids.encode(row["completion"], add_special_tokens=False), 2]
         nll -= logp(module.policy.lm, byte_ids.encode(row["prompt"], add_special_tokens=False), ids)
         count += len(ids)
     assert logged["text/nll"] == pytest.approx(nll / count, rel=1e-6)

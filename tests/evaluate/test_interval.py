@@ -34,5 +34,5 @@ def test_none_and_all() -> None:
 
 @pytest.mark.parametrize("wrong", [(-1, 5, 0.9), (6, 5, 0.9), (0, 0, 0.9), (1, 5, 0.0), (1, 5, 1.0)])
 def test_values_out_of_range(wrong: tuple[int, int, float]) -> None:
-    with pytest.raises(ValueError, match="expected|must be"):
+    with pytest.raises(ValueError, match=r"expected|must be"):
         clopper_pearson(*wrong)

@@ -111,7 +111,7 @@ def test_texts_are_read_like_files(name: str) -> None:
 def test_names() -> None:
     assert locate("runs/x") == "runs/x"
     assert generated("runs/x") is None
-    with pytest.raises(ValueError, match="nano:thumb: nothing of that name .* did you mean nano:thumbs"):
+    with pytest.raises(ValueError, match=r"nano:thumb: nothing of that name .* did you mean nano:thumbs"):
         locate("nano:thumb")
     with pytest.raises(ValueError, match="there are nano:model, nano:thumbs"):
         locate("nano:")
