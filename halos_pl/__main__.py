@@ -7,7 +7,7 @@ import sys
 
 from halos_pl import __version__
 
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "chat", "doctor")
 HELP = f"""\
 halos-pl {__version__}: align language models with human-aware losses.
 
@@ -18,12 +18,18 @@ commands:
   validate   the held-out metrics of a policy
   test       the same on the test rows
   predict    score every test row and write runs/NAME/predictions.jsonl
+  chat       talk to a model: chat DIR
+  doctor     what is installed, which devices there are, and what is fast here
 
 examples:
-  python -m halos_pl fit --config kto.yaml --model.policy MODEL --data.train feedback.jsonl
-  python -m halos_pl fit --config dpo.yaml --model.policy MODEL --data.train pairs.jsonl --model.objective.beta 0.3
+  python -m halos_pl fit --config kto.yaml
+  python -m halos_pl fit --config recipes/kto.yaml --model.policy MODEL --data.train feedback.jsonl
+  python -m halos_pl fit --config recipes/dpo.yaml --model.policy MODEL --data.train pairs.jsonl
   python -m halos_pl fit --config kto.yaml --print_config
+  python -m halos_pl chat runs/kto
+  python -m halos_pl doctor
 
+The first one needs nothing but this package: it aligns the small model that ships, on the feedback that ships.
 `python -m halos_pl COMMAND --help` lists every key. A bare config name that is not a file here is looked up among the
 configurations that ship with the package; several --config are merged, later ones and the command line win.
 """
@@ -43,6 +49,14 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
         print(f"halos_pl: error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
+    if argv[0] == "chat":
+        from halos_pl.chat.command import main as chat
+
+        return chat(argv[1:])
+    if argv[0] == "doctor":
+        from halos_pl.doctor.report import main as doctor
+
+        return doctor(argv[1:])
     from halos_pl.cli import run
 
     return run(argv)

@@ -72,9 +72,6 @@ class RunReport(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, AlignmentModule)
         self._print(describe(pl_module))
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, AlignmentData) and isinstance(pl_module.objective, KTO):
-            self._print(balance(pl_module.objective, data.datasets["train"].labels))
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.trained = True

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl import losses
-from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport
+from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport, balance
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.evaluate import Evaluation
@@ -175,6 +175,8 @@ class HalosCLI(LightningCLI):
         self.datamodule.setup(self.subcommand)
         for stage, dataset in self.datamodule.datasets.items():
             rank_zero_only(print)(f"{stage}: {dataset.report}")
+        if self.subcommand == "fit" and isinstance(self.model.objective, losses.KTO):
+            rank_zero_only(print)(balance(self.model.objective, self.datamodule.datasets["train"].labels))
         if self.subcommand in ("fit", "validate"):
             self.evaluation.read(self.datamodule)
 

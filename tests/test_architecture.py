@@ -55,10 +55,15 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.config_files": set(),
     "halos_pl.parser_errors": {"jsonargparse"},
     "halos_pl.cli": {"*"},
-    "halos_pl.conversation": {"halos_pl.data", "numpy", "transformers"},
-    "halos_pl.chat": {"halos_pl.conversation", "halos_pl.data", "halos_pl.models", "halos_pl.nano", "transformers"},
-    "halos_pl.machine": {"halos_kernels", "triton"},
-    "halos_pl.doctor": {"halos_pl", "halos_pl.machine", "packaging", "rich"},
+    "halos_pl.chat": {
+        "halos_pl.data",
+        "halos_pl.evaluate",
+        "halos_pl.models",
+        "halos_pl.nano",
+        "numpy",
+        "transformers",
+    },
+    "halos_pl.doctor": {"halos_pl", "halos_kernels", "packaging", "rich", "triton"},
     "halos_pl.__main__": {"halos_pl", "halos_pl.chat", "halos_pl.cli", "halos_pl.doctor"},
 }
 STANDARD = {"torch", "__future__"} | set(__import__("sys").stdlib_module_names)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from halos_pl.__main__ import main
+from halos_pl.chat.command import parser as chat_options
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +29,12 @@ OURS = [line for line in COMMANDS if line.startswith("python -m halos_pl")]
 def test_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     argv = shlex.split(line)
+    if argv[3] == "chat":
+        assert chat_options().parse_args(argv[4:]).folder
+        return
+    if argv[3] == "doctor":
+        assert argv[4:] in ([], ["--json"])
+        return
     if "runs/mine/config.yaml" in argv:  # what an earlier command leaves
         Path("runs/mine/checkpoints").mkdir(parents=True)
         Path("runs/mine/config.yaml").write_text("{}")

@@ -1,0 +1,1 @@
+"""`python -m halos_pl chat DIR`: talk to an exported policy, or to any causal language model."""
