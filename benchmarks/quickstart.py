@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -31,26 +32,21 @@ FIGURES = (
 )
 
 
-def fit(argv: Sequence[str], runs: Path, name: str) -> tuple[dict[str, list[dict[str, float]]], float]:
-    """One run in a process of its own: the rows that it logged, of training and of validation, and its seconds."""
+def fit(argv: Sequence[str], runs: Path, name: str) -> tuple[list[dict[str, float]], float]:
+    """One run in a process of its own: the rows of its validations, and its seconds."""
+    shutil.rmtree(runs / name, ignore_errors=True)  # of a run that was stopped
     command = [sys.executable, "-m", "halos_pl", "fit", *argv, "--runs", str(runs), "--name", name]
     command += ["--trainer.enable_progress_bar", "false"]
     start = time.perf_counter()
-    done = subprocess.run(
-        [*command, "--trainer.enable_progress_bar", "false"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    rows: dict[str, list[dict[str, float]]] = {"train": [], "val": []}
+    rows = []
     with (runs / name / "csv" / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            for stage, found in rows.items():
-                values = {
-                    k.removeprefix(stage + "/"): float(x) for k, x in row.items() if k.startswith(stage + "/") and x
-                }
-                if values:
-                    found.append({"step": float(row["step"])} | values)
+            if values := {k.removeprefix("val/"): float(x) for k, x in row.items() if k.startswith("val/") and x}:
+                rows.append({"step": float(row["step"])} | values)
     return rows, seconds
 
 
@@ -66,9 +62,10 @@ def measure(seed: int, options: argparse.Namespace) -> None:
         argv = [word.replace("{sft}", str(sft)) for word in FITS[name]]
         run = f"{list(FITS).index(name)}-{seed}"
         rows, seconds = fit([*argv, "--seed_everything", str(seed), *options.fit], options.work, run)
-        before, after = ({k: x[k] for k in FIGURES} for x in (rows["val"][0], rows["val"][-1]))
+        before, after = ({k: x[k] for k in FIGURES} for x in (rows[0], rows[-1]))
         results["rows"].append(
             {"method": name, "seed": seed, "before": before, "after": after, "seconds": round(seconds, 1)}
+            | {"options": options.fit, "git_commit": environment()["git_commit"]}
         )
         write(options.out, results)
         print(f"{name}, seed {seed}: {share(before)} -> {share(after)} in {seconds:.0f} s", flush=True)
@@ -97,19 +94,19 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     rows = sorted(results["rows"], key=lambda row: (list(FITS).index(row["method"]), row["seed"]))
-    start = rows[0]["before"]
-    lines.append(
-        f"| the model that ships | | {share(start)} | 0 | {start['text/nll']:.3f} | {start['samples/distinct']:.2f} | |"
-    )
+    start = next((row for row in rows if "{sft}" not in FITS[row["method"]]), rows[0])["before"]
+    figures = f"0 | {start['text/nll']:.3f} | {start['samples/distinct']:.2f}"
+    lines.append(f"| the model that ships | | {share(start)} | {figures} | |")
     for row in rows:
         x = row["after"]
         figures = f"{x['samples/kl']:.1f} | {x['text/nll']:.3f} | {x['samples/distinct']:.2f} | {row['seconds']:.0f}"
-        lines.append(f"| {row['method']} | {row['seed']} | {share(x)} | {figures} |")
+        start = 100 * row["before"]["samples/verified"]
+        lines.append(f"| {row['method']} | {row['seed']} | {start:.1f} → {share(x)} | {figures} |")
     return "\n".join(lines)
 
 
 def picture(path: Path, options: argparse.Namespace) -> None:
-    """Verified share, KL and text loss over the steps of seed 0, validated every 20 steps."""
+    """Verified share, KL and reward margin over the steps of seed 0, validated every 20 steps."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -125,8 +122,8 @@ def picture(path: Path, options: argparse.Namespace) -> None:
         often = ["--trainer.val_check_interval", "20", *options.fit]
         rows, _ = fit([*FITS[name], *often], options.work, f"curves-{list(FITS).index(name)}")
         for axis, key in zip(axes, panels, strict=True):
-            steps = [row["step"] for row in rows["val"] if key in row]
-            axis.plot(steps, [row[key] for row in rows["val"] if key in row], label=name, color=colour, linewidth=2)
+            steps = [row["step"] for row in rows if key in row]
+            axis.plot(steps, [row[key] for row in rows if key in row], label=name, color=colour, linewidth=2)
     for axis, title in zip(axes, panels.values(), strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer steps")

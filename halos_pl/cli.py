@@ -28,7 +28,7 @@ from halos_pl.evaluate import Evaluation
 from halos_pl.losses import Objective
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
-from halos_pl.nano.shipped import MixtureError, refuse_mixture
+from halos_pl.nano.shipped import refuse_mixture
 from halos_pl.parser_errors import explain
 from halos_pl.run_folder import ENV, RunError, RunFolder, claim, find_checkpoint
 
@@ -169,8 +169,9 @@ class HalosCLI(LightningCLI):
     def _read_data(self) -> None:
         if self.subcommand in ("fit", "validate"):
             options = self.config[self.subcommand]
-            keys = ("data.train", "data.validation", "evaluation.prompts", "evaluation.text")
-            refuse_mixture({key: options[key] for key in keys[self.subcommand != "fit" :]})
+            keys = ["data.validation", "evaluation.prompts", "evaluation.text"]
+            keys += ["data.train"] if self.subcommand == "fit" else []
+            refuse_mixture({key: options[key] for key in keys})
         self.datamodule.needs = self.model.data_needs
         self.datamodule.setup(self.subcommand)
         for stage, dataset in self.datamodule.datasets.items():
@@ -179,6 +180,8 @@ class HalosCLI(LightningCLI):
             rank_zero_only(print)(balance(self.model.objective, self.datamodule.datasets["train"].labels))
         if self.subcommand in ("fit", "validate"):
             self.evaluation.read(self.datamodule)
+        elif self.evaluation.active:
+            rank_zero_only(print)(f"note: `{self.subcommand}` samples nothing: evaluation belongs to fit and validate")
 
     def _claim_folder(self) -> Path:
         """A new folder; the same one for a run that goes on from its own checkpoint, and for predictions beside it."""
@@ -247,7 +250,7 @@ def run(argv: list[str]) -> int:
             raise
         print("halos_pl: interrupted; go on with --name NAME --ckpt_path last", file=sys.stderr)
         return 130
-    except (UsageError, ConfigNotFound, RunError, DataError, ModelError, MixtureError) as error:
+    except (UsageError, ConfigNotFound, RunError, DataError, ModelError) as error:
         print(f"halos_pl: error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -37,7 +37,7 @@ SAMPLED = {
     "samples/verified": "share of sampled completions that the verifier accepts",
     "samples/verified_low": "lower end of its exact 90 % interval (Clopper and Pearson)",
     "samples/verified_high": "upper end of the same",
-    "samples/kl": "mean log-ratio of sampled completions: the KL divergence from the reference, nats a sequence",
+    "samples/kl": "mean log-ratio of sampled completions, nats: estimates KL(π‖π_ref) at temperature 1 and top_p 1",
     "samples/kl_token": "the same in nats a token: Σ log-ratios / Σ tokens",
     "samples/distinct": "number of different completions / number of completions",
     "samples/ended": "share of completions that end with EOS within max_new_tokens",

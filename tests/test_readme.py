@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import sys
@@ -80,4 +81,10 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_no_figure_is_missing() -> None:
-    assert not re.findall(r"\b[A-Z]+_(?:TABLE|DIFFERENCE|TORCH)\b", README)
+    assert not re.findall(r"^[A-Z_]{4,}$", README, flags=re.M)
+
+
+def test_the_table_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    quickstart = importlib.import_module("benchmarks.quickstart")
+    assert quickstart.table(quickstart.load(ROOT / "benchmarks" / "results" / "quickstart.json")) in README

@@ -102,7 +102,7 @@ def train(case: Case, files: dict[str, str], ranks: int) -> dict[str, Any]:
     parameters = torch.cat([p.detach().flatten() for p in module.policy.parameters()])
     trainer.limit_val_batches = 1.0
     (held_out,) = trainer.validate(module, datamodule=data, verbose=False)
-    said = [(x.prompt, x.completion, x.kl or 0.0) for x in evaluation.after]
+    said = [(x.prompt, x.completion, x.logratio or 0.0) for x in evaluation.after]
     return {"rows": record.rows, "held_out": held_out, "parameters": parameters, "said": said}
 
 

@@ -63,16 +63,14 @@ def load(options: argparse.Namespace) -> Chat:
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if options.seed < 0:
-        raise ChatError(f"--seed: got {options.seed}, expected at least 0")
     device = _device(options.device)
     try:
-        sampling = Sampling(options.temperature, options.top_p, options.max_new_tokens)
+        sampling = Sampling(options.temperature, options.top_p, options.max_new_tokens, options.seed)
         name = find_model(options.folder)
         source = ModelSource(name=name, dtype=options.dtype or _dtype(name, device))
         positions = source.max_positions  # whether there is a model is asked before whether it has a tokenizer
         tokenizer = load_tokenizer(name)
-        torch.manual_seed(options.seed)
+        torch.manual_seed(sampling.seed)
         model = load_model(source)
         torch.nn.Module.to(model, device)
         return Chat(
@@ -86,7 +84,7 @@ def load(options: argparse.Namespace) -> Chat:
     except (ChatError, ModelError):
         raise
     except ValueError as error:  # of locate, load_tokenizer and CompletionTokenizer
-        raise ChatError(str(error).partition("; name one with --model.tokenizer")[0]) from error
+        raise ChatError(str(error)) from error
 
 
 def find_model(name: str) -> str:

@@ -37,7 +37,7 @@ class Chat:
     Args:
         model: answers; its generation settings are replaced.
         tokenizer: of the model, a fast one.
-        sampling: how replies are drawn; the noise is torch's, so its seed and batch size have no part in it.
+        sampling: how replies are drawn; the noise is torch's; its batch size has no part in it.
         positions: tokens of prompt and reply that the model has places for; None: any number.
         system: message before all turns; needs a chat template.
         notice: told what the user should know.

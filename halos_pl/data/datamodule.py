@@ -166,7 +166,10 @@ class AlignmentData(L.LightningDataModule):
         return self.encoder.tokenizer
 
     def _encoder(self, needs: DataNeeds) -> CompletionTokenizer:
-        tokenizer = load_tokenizer(self.tokenizer_name or needs.tokenizer, needs.trust_remote_code)
+        try:
+            tokenizer = load_tokenizer(self.tokenizer_name or needs.tokenizer, needs.trust_remote_code)
+        except ValueError as error:
+            raise DataError(f"{error}; name one with --model.tokenizer") from error
         if len(tokenizer) > needs.vocab_size:
             raise DataError(
                 f"the tokenizer {self.tokenizer_name or needs.tokenizer!r} has {len(tokenizer)} tokens, more than the "

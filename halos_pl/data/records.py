@@ -124,11 +124,12 @@ def parse_prompt(row: object, origin: Origin) -> tuple[Text, list[dict[str, Any]
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: the row is {_got(row)}; expected an object with prompt or messages")
     checked = _Row({key: value for key, value in row.items() if value is not None}, origin)
-    if "chosen" in row and "prompt" not in row:
+    keys = checked.row
+    if "chosen" in keys and "prompt" not in keys:
         return (pair := checked.paired()).prompt, pair.tools
-    key = "messages" if "messages" in row and "prompt" not in row else "prompt"
-    text = checked.text(key)
-    if key == "messages" and isinstance(text, list) and text and text[-1]["role"] == "assistant":
+    key = "messages" if "messages" in keys and "prompt" not in keys else "prompt"
+    text: Text = checked.messages() if key == "messages" else checked.text(key)
+    if key == "messages" and text and text[-1]["role"] == "assistant":  # type: ignore[index]
         text = text[:-1]
     return (prompt := checked.prompt(text, key)), checked.tools(prompt)
 
@@ -150,15 +151,19 @@ class _Row:
         if "chosen" in self.row or "rejected" in self.row:
             return self.paired()
         if "messages" in self.row and "completion" not in self.row:
-            messages = self.text("messages")
-            if isinstance(messages, str):
-                raise self.origin.error("messages", f"got {_got(messages)}", "a list of messages")
+            messages = self.messages()
             prompt = self.prompt(messages[:-1], "messages")
             completion = self.completion(messages[-1:], "messages", prompt)
         else:
             prompt = self.prompt(self.text("prompt"), "prompt")
             completion = self.completion(self.text("completion"), "completion", prompt)
         return Unpaired(prompt, completion, self.label(), self.origin, self.tools(prompt))
+
+    def messages(self) -> list[Message]:
+        messages = self.text("messages")
+        if isinstance(messages, str):
+            raise self.origin.error("messages", f"got {_got(messages)}", "a list of messages")
+        return messages
 
     def paired(self) -> Paired:
         chosen, rejected = self.text("chosen"), self.text("rejected")

@@ -26,7 +26,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made up from a bare config.json
-        raise ValueError(f"no tokenizer in {name!r}: it has no tokenizer.json; name one with --model.tokenizer")
+        raise ValueError(f"no tokenizer in {name!r}: it has no tokenizer.json")
     return tokenizer
 
 

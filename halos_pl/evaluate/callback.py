@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -33,13 +34,13 @@ class Said:
     prompt: int
     completion: str
     verified: bool | None  # None without a verifier
-    kl: float | None  # log π − log π_ref of the completion, nats; None without a reference
+    logratio: float | None  # policy − reference, nats; None without a reference
     tokens: int  # EOS included
     ended: bool  # with EOS, before max_new_tokens
 
 
 class Evaluation(L.Callback):
-    """Samples a completion for each of some prompts at every validation, and logs what FORMULAS of `metrics` say.
+    """Samples a completion for each of some prompts at every validation, and logs what SAMPLED of `metrics` says.
 
     Args:
         prompts: Source of prompts: a file of rows with `prompt` (or `messages`), such as your held-out feedback.
@@ -102,15 +103,18 @@ class Evaluation(L.Callback):
             raise DataError("evaluation runs at every validation, which needs held-out rows: --data.validation FILE")
         encoder = self._read_with = data.encoder
         if self.source is not None:
-            self.prompts = load_prompts(self.source, encoder, split=self.split, limit=self.limit)
+            self.prompts = load_prompts(
+                self.source, encoder, split=self.split, limit=self.limit, on_bad_row=data.on_bad_row
+            )
             longest = max(len(prompt.tokens) for prompt in self.prompts)
             if longest + self.how.max_new_tokens > encoder.max_length:
                 raise DataError(
-                    f"evaluation: the longest prompt has {longest} tokens, which with max_new_tokens "
-                    f"{self.how.max_new_tokens} is more than max_length {encoder.max_length}"
+                    f"evaluation: the longest prompt has {longest} tokens or more, which with max_new_tokens "
+                    f"{self.how.max_new_tokens} is more than max_length {encoder.max_length}: lower "
+                    "--evaluation.max_new_tokens, or raise --data.max_length as far as the model goes"
                 )
         if self.text_source is not None:
-            self.text = load_text(self.text_source, encoder, limit=self.limit)
+            self.text = load_text(self.text_source, encoder, limit=self.limit, on_bad_row=data.on_bad_row)
 
     # ------------------------------------------------------------------------------------------ hooks
 
@@ -127,8 +131,8 @@ class Evaluation(L.Callback):
             return
         assert isinstance(pl_module, AlignmentModule)
         rank, world = trainer.global_rank, trainer.world_size
-        said = self.sample(pl_module, range(rank, len(self.prompts), world))
-        nll = self.text_nll(pl_module, self.text[rank::world])
+        said = self._say(pl_module, range(rank, len(self.prompts), world))
+        nll = self._text_nll(pl_module, self.text[rank::world])
         gathered: list[Any] = [None] * world
         if world > 1:
             torch.distributed.all_gather_object(gathered, (said, nll))
@@ -140,35 +144,38 @@ class Evaluation(L.Callback):
             total, count = map(sum, zip(*(part for _, part in gathered), strict=True))
             values["text/nll"] = total / count
         pl_module.log_dict({f"val/{name}": value for name, value in values.items()})
-        if not self.before:
+        if trainer.sanity_checking:  # all held-out rows, before the first step
             self.before = said
         self.after = said
         if self.folder is not None and trainer.is_global_zero and said:
             self._write(self.folder / f"step={trainer.global_step}.jsonl", said)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate" and trainer.is_global_zero and (table := self.table()) is not None:
+            Console(highlight=False).print(table)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"before": [asdict(x) for x in self.before]}
+        return {"before": [asdict(x) for x in self.before], "source": self.source}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before = [Said(**x) for x in state_dict["before"]]
+        if state_dict["source"] == self.source:
+            self.before = [Said(**x) for x in state_dict["before"]]
 
     def table(self) -> Table | None:
-        """The first completions before and after, or None where nothing was sampled."""
+        """The first completions, with those from before training beside them; None where nothing was sampled."""
         if not self.after or not self.shown:
             return None
         table = Table(title="samples", title_justify="left", show_lines=True)
-        table.add_column("prompt", ratio=2)
-        table.add_column("before", ratio=3)
-        table.add_column("after", ratio=3)
-        before = {x.prompt: x for x in self.before}
-        for x in self.after[: self.shown]:
-            old = before.get(x.prompt)
-            table.add_row(self.prompts[x.prompt].last_turn, _marked(old) if old else "", _marked(x))
+        stages = [self.before, self.after] if self.before else [self.after]
+        for name, width in zip(("prompt", *("before", "after")[-len(stages) :]), (2, 3, 3), strict=False):
+            table.add_column(name if len(stages) > 1 or name == "prompt" else "completion", ratio=width)
+        for said in list(zip(*stages, strict=True))[: self.shown]:
+            table.add_row(Text(self.prompts[said[0].prompt].last_turn), *map(_marked, said))
         return table
 
     # ------------------------------------------------------------------------------------------ what it measures
 
-    def sample(self, module: AlignmentModule, rows: Sequence[int]) -> list[Said]:
+    def _say(self, module: AlignmentModule, rows: Sequence[int]) -> list[Said]:
         """Completions of some prompts by the policy, verified, and scored against the reference."""
         if not rows:
             return []
@@ -186,23 +193,23 @@ class Evaluation(L.Callback):
             rows=rows,
         )
         texts = encoder.tokenizer.batch_decode([tokens.tolist() for tokens in drawn], skip_special_tokens=True)
-        kl: list[float | None] = [None] * len(rows)
+        ratios: list[float | None] = [None] * len(rows)
         if module.reference is not None:
             pairs = [(prompt.tokens, tokens) for prompt, tokens in zip(prompts, drawn, strict=True)]
-            kl = [x for part in self._rows(pairs, module) for x in module.score(part).logratio.tolist()]
+            ratios = [x for part in self._rows(pairs, module) for x in module.score(part).logratio.tolist()]
         return [
             Said(
                 prompt=i,
                 completion=text,
                 verified=None if self.verifier is None else bool(self.verifier(prompt.row, text)),
-                kl=ratio,
+                logratio=ratio,
                 tokens=len(tokens),
                 ended=bool(tokens[-1] == encoder.eos_token_id),
             )
-            for i, prompt, text, ratio, tokens in zip(rows, prompts, texts, kl, drawn, strict=True)
+            for i, prompt, text, ratio, tokens in zip(rows, prompts, texts, ratios, drawn, strict=True)
         ]
 
-    def text_nll(self, module: AlignmentModule, text: Sequence[tuple[Tokens, Tokens]]) -> tuple[float, int]:
+    def _text_nll(self, module: AlignmentModule, text: Sequence[tuple[Tokens, Tokens]]) -> tuple[float, int]:
         """Σ −log π and the number of tokens."""
         assert module.policy is not None
         total, count = 0.0, 0
@@ -245,8 +252,8 @@ def summary(said: Sequence[Said]) -> dict[str, float]:
         right = sum(bool(x.verified) for x in said)
         low, high = clopper_pearson(right, n)
         values |= {"samples/verified": right / n, "samples/verified_low": low, "samples/verified_high": high}
-    if said[0].kl is not None:
-        kl = sum(x.kl or 0.0 for x in said)
+    if said[0].logratio is not None:
+        kl = sum(x.logratio or 0.0 for x in said)
         values |= {"samples/kl": kl / n, "samples/kl_token": kl / tokens}
     return values | {
         "samples/distinct": len({x.completion for x in said}) / n,

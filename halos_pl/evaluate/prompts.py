@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halos_pl.data.records import BadRows, DataError, Text, parse_prompt
+from halos_pl.data.records import BadRows, DataError, OnBadRow, Text, parse_prompt
 from halos_pl.data.sources import load_records, read_rows
 from halos_pl.data.tokenization import CompletionTokenizer, Tokens
 from halos_pl.data.views import as_demonstrations
@@ -27,7 +27,12 @@ class Prompt:
 
 
 def load_prompts(
-    source: str, encoder: CompletionTokenizer, *, split: str | None = None, limit: int | None = None
+    source: str,
+    encoder: CompletionTokenizer,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
 ) -> list[Prompt]:
     """The prompts of a source, in its order.
 
@@ -37,11 +42,12 @@ def load_prompts(
         encoder: of the run.
         split: as `read_rows` takes it.
         limit: take the first ones only.
+        on_bad_row: stop at rows without a prompt, or go on without them.
 
     Raises:
         DataError: no such source, or rows without a prompt, the first ten listed.
     """
-    bad = BadRows()
+    bad = BadRows(on_bad_row)
     found: list[Prompt] = []
     for origin, row in read_rows(source, split):
         if limit is not None and len(found) >= limit:
@@ -58,14 +64,16 @@ def load_prompts(
     return found
 
 
-def load_text(source: str, encoder: CompletionTokenizer, *, limit: int | None = None) -> list[tuple[Tokens, Tokens]]:
+def load_text(
+    source: str, encoder: CompletionTokenizer, *, limit: int | None = None, on_bad_row: OnBadRow = "error"
+) -> list[tuple[Tokens, Tokens]]:
     """(prompt, completion) tokens of the demonstrations of a source, as SFT reads them.
 
     Raises:
         DataError: no such source, malformed rows, or nothing to imitate.
     """
-    records = as_demonstrations(load_records(source).records)[:limit]
+    records = as_demonstrations(load_records(source, on_bad_row=on_bad_row).records)[:limit]
     if not records:
         raise DataError(f"{source}: all completions are labelled undesirable: no text to score")
-    examples = encoder.examples(records).examples
+    examples = encoder.examples(records, on_bad_row=on_bad_row).examples
     return [(x.prompt, x.completion) for x in examples if x is not None]

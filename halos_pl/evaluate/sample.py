@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-Tokens = NDArray[np.int32]
+from halos_pl.data.tokenization import Tokens
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from halos_pl.nano.shipped import ASSETS, PLACES
 from halos_pl.nano.wishes import corpus, granted, prompts
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|good|>", "<|bad|>")
+"""The last two are for models conditioned on their label (CSFT)."""
 CHAT = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -97,7 +98,7 @@ def feedback(model: str, training: int, held_out: int, pairs: int) -> dict[str, 
         model: folder that is sampled from, in float32.
         training: number of training prompts.
         held_out: number of other prompts, for evaluation.
-        pairs: number of training prompts that are sampled for pairs.
+        pairs: prompts of each group that are sampled for pairs, at most.
     """
     speaker = _Speaker(model)
     asked = prompts(seed=0, count=held_out + training)

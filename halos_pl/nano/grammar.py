@@ -103,14 +103,14 @@ def read(text: str) -> Story | None:
     found = _STORY.fullmatch(text.strip())
     if found is None:
         return None
-    said = {key: value for key, value in found.groupdict().items() if value is not None}
-    heroes = {re.sub(r"\d+$", "", key): set[str]() for key in said}
-    for key, value in said.items():
-        heroes[re.sub(r"\d+$", "", key)].add(value)
-    if any(len(values) > 1 for values in heroes.values()):
+    said: dict[str, set[str]] = {}
+    for key, phrase in found.groupdict().items():
+        if phrase is not None:
+            said.setdefault(key.rstrip("0123456789"), set()).add(phrase)
+    if len(said["name"]) > 1 or len(said["animal"]) > 1:
         return None
-    (name,), (animal,) = heroes["name"], heroes["animal"]
-    traits = {trait: _MEANING[trait][heroes[trait].pop()] for trait in WORLD}
+    (name,), (animal,) = said["name"], said["animal"]
+    traits = {trait: _MEANING[trait][said[trait].pop()] for trait in WORLD}
     return Story(name, animal, traits)
 
 

@@ -27,10 +27,6 @@ TEXTS = {
 """name → seed and number of rows of the corpus, and the key that a row must have to be taken."""
 
 
-class MixtureError(ValueError):
-    """Sources of the user's own beside sources that ship."""
-
-
 def locate(name: str) -> str:
     """The path that a `nano:` name stands for; any other name unchanged.
 
@@ -40,9 +36,12 @@ def locate(name: str) -> str:
     if not name.startswith(SCHEME):
         return name
     key = name.removeprefix(SCHEME)
+    if key in TEXTS:
+        raise ValueError(f"{name} is a text, written anew each time it is read: it goes where rows go, not here")
     if key not in PLACES:
         near = difflib.get_close_matches(key, [*PLACES, *TEXTS], n=1)
-        hint = f"did you mean {SCHEME}{near[0]}?" if near else f"there are {', '.join(SCHEME + x for x in PLACES)}"
+        every = ", ".join(SCHEME + x for x in (*PLACES, *TEXTS))
+        hint = f"did you mean {SCHEME}{near[0]}?" if near else f"there are {every}"
         raise ValueError(f"{name}: nothing of that name ships here; {hint}")
     return str(ASSETS / PLACES[key])
 
@@ -63,14 +62,15 @@ def refuse_mixture(sources: Mapping[str, str | Sequence[str] | None]) -> None:
         sources: option → source, or None.
 
     Raises:
-        MixtureError: naming the options.
+        ValueError: naming the options.
     """
     named = {key: [value] if isinstance(value, str) else value for key, value in sources.items() if value}
     ships = {key: value for key, value in named.items() if any(x.startswith(SCHEME) for x in value)}
-    if own := [key for key in named if key not in ships]:
-        for key, value in ships.items():
-            raise MixtureError(
-                f"{own[0]} is your own, but {key} is the demo's ({', '.join(value)}): for a model and feedback of your "
-                f"own take recipes/kto.yaml (or dpo, sft), or set {', '.join('--' + x for x in ships)}; null leaves "
-                "one out"
-            )
+    own = [key for key in named if key not in ships]
+    if own and ships:
+        key, value = next(iter(ships.items()))
+        others = [*ships, *(["evaluation.verifier"] if "evaluation.prompts" in named else [])]
+        raise ValueError(
+            f"{own[0]} is your own, but {key} is the demo's ({', '.join(value)}): for a model and feedback of your own "
+            f"take recipes/kto.yaml (or dpo, sft), or set {', '.join('--' + x for x in others)}; null leaves one out"
+        )

@@ -52,8 +52,11 @@ def granted(row: Mapping[str, Any], completion: str) -> bool:
     """Whether a completion is a story about the hero that was asked for, and the wish is granted.
 
     Args:
-        row: of `prompts`.
+        row: of `prompts`; its `name`, `animal`, `trait` and `value` are read.
         completion: what a model answered.
+
+    Raises:
+        KeyError: a row without one of these.
     """
     story = read(completion)
     asked = (row["name"], row["animal"], row["value"])

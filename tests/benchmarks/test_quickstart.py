@@ -45,4 +45,6 @@ def test_the_table_by_hand(quickstart: Any) -> None:
     ]
     lines = quickstart.table({"rows": rows}).splitlines()
     assert lines[2] == "| the model that ships | | 25.0 % (20–30) | 0 | 0.500 | 1.00 | |"
-    assert lines[3:] == [f"| {name} | 0 | 50.0 % (45–55) | 2.0 | 0.500 | 1.00 | 61 |" for name in quickstart.FITS]
+    assert lines[3:] == [
+        f"| {name} | 0 | 25.0 → 50.0 % (45–55) | 2.0 | 0.500 | 1.00 | 61 |" for name in quickstart.FITS
+    ]

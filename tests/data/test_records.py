@@ -168,6 +168,8 @@ def test_bad_rows_are_listed_ten_at_a_time_or_kept():
         ({"prompt": "a", "completion": 3}, "a"),
         ({"prompt": [USER], "value": "rain"}, [USER]),
         ({"messages": [USER, GOOD]}, [USER]),
+        ({"messages": [USER, GOOD], "prompt": None}, [USER]),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD], "prompt": None}, [USER]),
         ({"messages": [USER, GOOD, OTHER_USER]}, [USER, GOOD, OTHER_USER]),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER]),
     ],
@@ -183,6 +185,7 @@ def test_the_prompt_of_any_row(row, prompt):
         ({"promt": "a"}, "prompt: missing (did you mean 'promt'?)"),
         ({"prompt": [USER, GOOD]}, "prompt: no turn to reply to"),
         ({"messages": [GOOD]}, "messages: no turn to reply to"),
+        ({"messages": "hi"}, "messages: got 'hi' (str)"),
         ({"prompt": 3}, "prompt: got 3 (int)"),
     ],
 )

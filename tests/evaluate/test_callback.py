@@ -80,7 +80,7 @@ def test_values_are_those_of_plain_loops(tiny_model: Path, thumbs_file: Path, tm
     )
     for row, prompt, completion, said in zip(rows, prompts, drawn, evaluation.after, strict=False):
         ratio = logp(module.policy.lm, prompt, completion.tolist()) - logp(reference, prompt, completion.tolist())
-        assert said.kl == pytest.approx(ratio, abs=1e-9)
+        assert said.logratio == pytest.approx(ratio, abs=1e-9)
         assert said.completion == byte_ids.decode(completion, skip_special_tokens=True)
         kl, tokens, right = kl + ratio, tokens + len(completion), right + is_odd(row, said.completion)
     assert 0 < right < 13
@@ -105,12 +105,30 @@ def test_before_is_the_start_and_training_is_left_alone(tiny_model: Path, thumbs
     assert nothing == {}
     for ours, other in zip(module.parameters(), blind.parameters(), strict=True):
         assert torch.equal(ours, other), "sampling changed the training"
-    assert all(x.kl == 0 for x in watched.before)
-    assert all(x.kl != 0 for x in watched.after)
+    assert all(x.logratio == 0 for x in watched.before)
+    assert all(x.logratio != 0 for x in watched.after)
     assert "samples/verified" not in logged
-    restored = Evaluation(str(thumbs_file))
-    restored.load_state_dict(json.loads(json.dumps(watched.state_dict())))
+    stored = json.loads(json.dumps(watched.state_dict()))
+    restored, other = Evaluation(str(thumbs_file)), Evaluation("others.jsonl")
+    for evaluation in (restored, other):
+        evaluation.load_state_dict(stored)
     assert restored.before == watched.before
+    assert other.before == [], "what other prompts gave stands beside nothing"
+
+
+def test_a_validation_is_not_the_state_before_training(
+    tiny_model: Path, thumbs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = Evaluation(str(thumbs_file), limit=3, max_new_tokens=4)
+    module = AlignmentModule(policy=str(tiny_model))
+    data = AlignmentData(validation=str(thumbs_file))
+    trainer = L.Trainer(accelerator="cpu", callbacks=[evaluation], logger=False, limit_val_batches=1)
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert evaluation.before == []
+    assert len(evaluation.after) == 3
+    out = capsys.readouterr().out
+    assert "completion" in out
+    assert "before" not in out
 
 
 def test_without_a_reference_there_is_no_kl(tiny_model: Path, thumbs_file: Path, tmp_path: Path) -> None:
@@ -161,7 +179,7 @@ def test_the_table_shows_what_was_said_and_reads_nothing_as_markup(
         ('{"completion": "a"}', "prompts.jsonl:1: prompt: missing"),
         ('{"prompt": [{"role": "user", "content": "a"}]}', "the tokenizer has no chat template"),
         ('{"prompt": ', "prompts.jsonl:1: column"),
-        (json.dumps({"prompt": "a" * 125}), "the longest prompt has 125 tokens, which with max_new_tokens 8"),
+        (json.dumps({"prompt": "a" * 125}), "the longest prompt has 125 tokens or more, which with max_new_tokens 8"),
     ],
 )
 def test_bad_prompts_are_refused_before_training(
@@ -171,6 +189,21 @@ def test_bad_prompts_are_refused_before_training(
     file.write_text(row + "\n")
     with pytest.raises(DataError, match=told):
         fit(Evaluation(str(file), max_new_tokens=8), tiny_model, thumbs_file, tmp_path)
+
+
+def test_rows_without_a_prompt_can_be_skipped(tiny_model: Path, thumbs_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"prompt": "a:"}\n{"completion": "b"}\nno JSON\n{"messages": [{"role": "user"}]}\n{"prompt": "c:"}\n'
+    )
+    data = AlignmentData(validation=str(thumbs_file), on_bad_row="skip")
+    data.needs = AlignmentModule(policy=str(tiny_model)).data_needs
+    data.setup("validate")
+    evaluation = Evaluation(str(file), text=str(file.with_name("text.jsonl")), max_new_tokens=4)
+    file.with_name("text.jsonl").write_text('{"prompt": "a:"}\n{"prompt": "a:", "completion": " b"}\n')
+    evaluation.read(data)
+    assert [x.text for x in evaluation.prompts] == ["a:", "c:"]
+    assert len(evaluation.text) == 1
 
 
 @pytest.mark.parametrize(

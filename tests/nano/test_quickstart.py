@@ -58,8 +58,8 @@ def test_a_short_run_tells_and_leaves_everything(
     folder = tmp_path / "runs" / "short"
     before, after = (read_samples(folder / "samples" / f"step={step}.jsonl") for step in (0, 30))
     assert len(before) == len(after) == 40
-    assert all(x["kl"] == 0 for x in before)
-    assert any(x["kl"] != 0 for x in after)
+    assert all(x["logratio"] == 0 for x in before)
+    assert any(x["logratio"] != 0 for x in after)
     with (folder / "csv" / "metrics.csv").open() as file:
         verified = [float(x) for row in csv.DictReader(file) if (x := row["val/samples/verified"])]
     assert verified == pytest.approx([sum(x["verified"] for x in part) / 40 for part in (before, after)], abs=1e-6)
@@ -92,3 +92,11 @@ def test_mistakes_are_told_before_anything_begins(
     assert run(monkeypatch, tmp_path, "fit", "--config", "kto.yaml", *argv) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_commands_that_sample_nothing_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--data.test", "nano:thumbs-held-out", "--trainer.limit_test_batches", "1"]
+    assert run(monkeypatch, tmp_path, "test", "--config", "kto.yaml", *few) == 0
+    assert "`test` samples nothing: evaluation belongs to fit and validate" in capsys.readouterr().out

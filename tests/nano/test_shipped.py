@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halos_pl.data.records import DataError
 from halos_pl.data.sources import load_records, read_rows
 from halos_pl.nano import __main__ as script
 from halos_pl.nano.grammar import ANIMALS, NAMES, WORLD
-from halos_pl.nano.shipped import PLACES, TEXTS, MixtureError, generated, locate, refuse_mixture
+from halos_pl.nano.shipped import PLACES, TEXTS, generated, locate, refuse_mixture
 from halos_pl.nano.wishes import granted, prompts
 
 BYTES = {
@@ -113,12 +114,18 @@ def test_names() -> None:
     assert generated("runs/x") is None
     with pytest.raises(ValueError, match=r"nano:thumb: nothing of that name .* did you mean nano:thumbs"):
         locate("nano:thumb")
-    with pytest.raises(ValueError, match="there are nano:model, nano:thumbs"):
+    with pytest.raises(ValueError, match=r"there are nano:model, nano:thumbs.*, nano:text-held-out"):
         locate("nano:")
+    with pytest.raises(ValueError, match="nano:stories is a text"):
+        locate("nano:stories")
+    with pytest.raises(DataError, match=r"nano:stories: a generated text has no splits, and 'test'"):
+        read_rows("nano:stories", "test")
 
 
 def test_what_ships_does_not_mix_with_the_users_own() -> None:
     refuse_mixture({"data.train": "nano:thumbs", "data.validation": ["nano:pairs"], "evaluation.prompts": None})
     refuse_mixture({"data.train": ["mine.jsonl"], "data.validation": None})
-    with pytest.raises(MixtureError, match=r"data.train is your own, but data.validation is the demo's .*recipes/kto"):
+    with pytest.raises(ValueError, match=r"or set --evaluation.prompts, --evaluation.verifier; null"):
+        refuse_mixture({"data.train": ["mine.jsonl"], "evaluation.prompts": "nano:prompts"})
+    with pytest.raises(ValueError, match=r"data.train is your own, but data.validation is the demo's .*recipes/kto"):
         refuse_mixture({"data.train": ["mine.jsonl"], "data.validation": "nano:pairs"})

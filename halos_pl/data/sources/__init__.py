@@ -31,6 +31,8 @@ def read_rows(spec: str, split: str | None = None) -> Iterator[tuple[Origin, obj
         DataError: where there is no such source, it holds no rows or not the split, or cannot be read at all.
     """
     if (rows := generated(spec)) is not None:
+        if split is not None:
+            raise DataError(f"{spec}: a generated text has no splits, and {split!r} was asked for")
         return ((Origin(spec, number), row) for number, row in enumerate(rows, 1))
     try:
         path = Path(spec := locate(spec)).expanduser()
