@@ -132,7 +132,14 @@ def measure() -> dict[str, Any]:
 
 
 def gflops(side: int, dtype: str = "float32", device: str = "cpu", seconds: float = 0.25) -> float | None:
-    """Billions of floating-point operations a second in a product of square matrices; None where it cannot be done."""
+    """Billions of floating-point operations a second in a product of square matrices; None where it cannot be done.
+
+    Args:
+        side: of the matrices; at least 4096 on an accelerator, which smaller ones do not fill.
+        dtype: of the matrices.
+        device: where they are multiplied.
+        seconds: to repeat it for.
+    """
     try:
         if device != "cpu":
             side = max(side, 4096)

@@ -180,7 +180,8 @@ def _facts(report: Report) -> Table:
         table.add_row(
             f"cuda:{i}", f"{x['name']}, {_gib(x['memory_mib'])}, compute capability {x['capability']}, {half}"
         )
-    table.add_row("mps", "there") if report["accelerators"]["mps"] else None
+    if report["accelerators"]["mps"]:
+        table.add_row("mps", "there")
     state = report["triton"]
     where = f"compiles for {state['target']}" if state["target"] else f"no GPU driver ({state['problem']})"
     table.add_row("Triton", escape(f"{state['version'] or 'cannot be imported'}, {where}"))
@@ -215,7 +216,7 @@ def main(argv: list[str], console: Console | None = None) -> int:
     """Run the command.
 
     Returns:
-        0; 1 where a package is too old or missing; 2 for an option that is not there.
+        0; 1 where a package is too old or missing, or torch cannot be imported; 2 for an option that is not there.
     """
     parser = argparse.ArgumentParser(
         prog="python -m halos_pl doctor",

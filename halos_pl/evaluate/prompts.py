@@ -76,4 +76,4 @@ def load_text(
     if not records:
         raise DataError(f"{source}: all completions are labelled undesirable: no text to score")
     examples = encoder.examples(records, on_bad_row=on_bad_row).examples
-    return [(x.prompt, x.completion) for x in examples if x is not None]
+    return [(x.prompt, x.completion) for x in examples if x is not None]  # None: skipped as a bad row

@@ -251,6 +251,23 @@ def records():
     return plain + chats
 
 
+@pytest.mark.parametrize("prompt", ["the cat", "", "  the", "sat</s>", [ASK], [ASK, TELL, ASK]], ids=repr)
+def test_a_prompt_alone_is_the_prompt_of_training(encoder, prompt):
+    reply = "on the mat" if isinstance(prompt, str) else [TELL]
+    whole = encoder.encode(prompt, reply, origin=HERE)
+    assert encoder.encode_prompt(prompt, origin=HERE).tolist() == whole.prompt.tolist()
+
+
+def test_a_long_prompt_alone_leaves_room_for_one_token():
+    encoder = characters(max_length=6)
+    assert text(encoder, encoder.encode_prompt("abcdefgh", origin=HERE)) == "<s>efgh"
+    assert text(encoder, encoder.encode_prompt("abcd", origin=HERE)) == "<s>abcd"
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:7: prompt: conversational, and the tokenizer has no chat template"
+    ):
+        encoder.encode_prompt([ASK], origin=HERE)
+
+
 def test_examples_are_the_records_in_order_with_gaps_for_bad_rows():
     encoder = characters(max_length=12, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
     encoded = encoder.examples(records(), on_bad_row="skip")
@@ -315,8 +332,3 @@ def test_real_texts_come_back(shared_data):
     made = [Unpaired(x["messages"][:-1], x["messages"][-1:], None, Origin("f", i)) for i, x in enumerate(rows)]
     for record, example in zip(made, encoder.examples(made).examples, strict=True):
         assert text(encoder, example.completion) == record.completion[0]["content"] + "<|endoftext|>"
-
-
-def test_load_tokenizer_names_what_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=f"no tokenizer could be loaded from '{tmp_path}'"):
-        load_tokenizer(str(tmp_path))
