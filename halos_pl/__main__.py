@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from io import TextIOWrapper
 
 from halos_pl import __version__
 
@@ -38,6 +39,9 @@ configurations that ship with the package; several --config are merged, later on
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (2 for a mistake of the caller's)."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ✓ gets a ?, not an error
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0

@@ -63,7 +63,7 @@ class RunReport(L.Callback):
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The sanity check runs over all held-out rows (`num_sanity_val_steps: -1`): that is the state before."""
-        if trainer.num_sanity_val_batches != trainer.num_val_batches:
+        if trainer.num_sanity_val_batches != trainer.num_val_batches or self.before:  # it goes on from a checkpoint
             return
         self.before = _held_out(trainer)
         for logger in trainer.loggers:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import torch
-import transformers
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -21,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl import losses
-from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport, balance
+from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport, balance, describe
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.evaluate import Evaluation
@@ -30,6 +27,7 @@ from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 from halos_pl.nano.shipped import refuse_mixture
 from halos_pl.parser_errors import explain
+from halos_pl.quiet import quieten
 from halos_pl.run_folder import ENV, RunError, RunFolder, claim, find_checkpoint
 
 TRAINER_DEFAULTS = {
@@ -215,6 +213,11 @@ class HalosCLI(LightningCLI):
             return [last]
         return [last, ModelCheckpoint(where, "best-{step}", monitor="val/loss", save_on_train_epoch_end=False)]
 
+    def after_fit(self) -> None:
+        if self.config[self.subcommand].trainer.get("fast_dev_run"):
+            told = "dry run: every row was read, a step and a validation ran, nothing was written"
+            rank_zero_only(print)(f"\n{describe(self.model)}\n{told}")
+
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave no folder of a run that never began; errors of that time are the user's, told in one message."""
         untrained = subcommand != "fit" and self.config[subcommand].ckpt_path is None
@@ -224,6 +227,12 @@ class HalosCLI(LightningCLI):
             )
         try:
             super()._run_subcommand(subcommand)
+        except SystemExit as end:
+            if self.trainer.global_step or not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            self._release_folder()
+            print("halos_pl: interrupted before the first step; nothing is kept", file=sys.stderr)
+            raise SystemExit(130) from None
         except (ValueError, MisconfigurationException) as error:
             if self.trainer.global_step and not isinstance(error, (DataError, ModelError)):
                 raise
@@ -238,7 +247,7 @@ def run(argv: list[str]) -> int:
     Returns:
         0; 2 for a mistake of the user's, told on stderr in one message; 130 after Ctrl-C, 143 after SIGTERM.
     """
-    _quieten()
+    quieten()
     try:
         sys.argv[1:] = resolve_configs(argv)  # ranks that Lightning launches parse it again
         HalosCLI()
@@ -256,36 +265,6 @@ def run(argv: list[str]) -> int:
     finally:
         os.environ.pop(ENV, None)
     return 0
-
-
-def _quieten() -> None:
-    """Silence what other libraries say about things that are as they should be."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that LightningCLI makes
-    for message in (
-        ".*does not have many workers.*",
-        ".*in eval mode at the start of training.*",  # the reference
-        ".*isinstance.treespec, LeafSpec.*",
-        "Total length of .list. across ranks is zero",  # no held-out rows
-        ".*sync_dist=True.*",  # Averages has reduced over the ranks
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    warnings.showwarning = _show_warning
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Without the line of code that warned."""
-    print(f"halos_pl: warning: {message}", file=sys.stderr)
 
 
 def _loggers(folder: Path) -> list[Any]:

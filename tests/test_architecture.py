@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.run_folder": {"lightning"},
     "halos_pl.model_card": {"halos_pl", "halos_pl.data", "halos_pl.module", "yaml"},
     "halos_pl.evaluate": {
-        *("halos_pl.batch", "halos_pl.data", "halos_pl.module"),
+        *("halos_pl.batch", "halos_pl.data", "halos_pl.models", "halos_pl.module"),
         *("lightning", "numpy", "rich", "transformers"),
     },
     "halos_pl.callbacks": {
@@ -54,6 +54,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "halos_pl.config_files": set(),
     "halos_pl.parser_errors": {"jsonargparse"},
+    "halos_pl.quiet": {"transformers"},
     "halos_pl.cli": {"*"},
     "halos_pl.chat": {
         "halos_pl.data",

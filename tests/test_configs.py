@@ -24,6 +24,7 @@ def test_config_instantiates(
     """Everything up to training: model and data objects, all rows read, the trainer."""
     monkeypatch.chdir(tmp_path)
     path = shipped_configs() / name
+    assert path.read_bytes().isascii(), "a locale may read it in another encoding"
     argv = ["fit", "--config", str(path)]
     if "nano:" not in path.read_text():  # what ships brings its model and data
         source = ["--model.tokenizer"] if "config:" in path.read_text() else ["--model.policy"]

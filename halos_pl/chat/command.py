@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,6 +35,9 @@ def main(argv: list[str]) -> int:
     Returns:
         0; 2 for a mistake of the user's, told on stderr in one line; 130 where Ctrl-C ended a run without a terminal.
     """
+    if sys.stdin is None or sys.stdout is None:
+        print("halos_pl: error: chat needs an open stdin and stdout", file=sys.stderr)
+        return 2
     terminal = sys.stdin.isatty()
     try:
         options = parser().parse_args(argv)
@@ -50,6 +53,9 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # whoever read the replies has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"halos_pl: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -121,8 +127,8 @@ def converse(chat: Chat, lines: Iterable[str], *, terminal: bool) -> int:
         try:
             if command in COMMANDS:
                 _follow(chat, command, rest.strip())
-            elif near := difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.75):
-                _notice(f"no command {command}; did you mean {near[0]}?")
+            elif re.fullmatch(r"/[a-z]+", text.strip()):
+                _notice(f"no command {command}; there are {', '.join(COMMANDS)}")
             elif text.strip():
                 chat.say(text, _write)
                 _write("\n")

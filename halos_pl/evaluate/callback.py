@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,8 @@ from halos_pl.data.tokenization import CompletionTokenizer, Tokens
 from halos_pl.evaluate.interval import clopper_pearson
 from halos_pl.evaluate.prompts import Prompt, load_prompts, load_text
 from halos_pl.evaluate.sample import Sampling, sample
+from halos_pl.evaluate.verifier import Verifier, find_verifier, verdict
 from halos_pl.module import AlignmentModule
-
-Verifier = Callable[[Mapping[str, Any], str], bool]
-"""Whether a completion is right: called with the row of its prompt and the completion's text."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Evaluation(L.Callback):
         prompts: Source of prompts: a file of rows with `prompt` (or `messages`), such as your held-out feedback.
             Default: nothing is sampled.
         split: Take the prompts whose `split` field has this value.
-        verifier: Import path of a function (row, completion) -> bool that says whether a completion is right.
+        verifier: Function (row, completion) -> bool that says whether a completion is right, or its import path, such
+            as halos_pl.nano.granted; a file checks.py in the working folder is the module checks.
         text: Source of texts whose loss shows what is forgotten, read as SFT reads them.
         limit: Take the first so many prompts (and texts).
         temperature: Of the softmax; 0 takes the likeliest token every time.
@@ -61,7 +62,7 @@ class Evaluation(L.Callback):
         self,
         prompts: str | None = None,
         split: str | None = None,
-        verifier: Verifier | None = None,
+        verifier: str | Verifier | None = None,
         text: str | None = None,
         limit: int | None = None,
         temperature: float = 1.0,
@@ -78,7 +79,8 @@ class Evaluation(L.Callback):
         if shown < 0:
             raise ValueError(f"evaluation.shown must be at least 0, got {shown}")
         self.how = Sampling(temperature, top_p, max_new_tokens, seed, batch_size)
-        self.source, self.split, self.verifier = prompts, split, verifier
+        self.source, self.split = prompts, split
+        self.verifier = find_verifier(verifier) if isinstance(verifier, str) else verifier
         self.text_source, self.limit, self.shown = text, limit, shown
         self.prompts: list[Prompt] = []
         self.text: list[tuple[Tokens, Tokens]] = []
@@ -103,18 +105,20 @@ class Evaluation(L.Callback):
             raise DataError("evaluation runs at every validation, which needs held-out rows: --data.validation FILE")
         encoder = self._read_with = data.encoder
         if self.source is not None:
-            self.prompts = load_prompts(
-                self.source, encoder, split=self.split, limit=self.limit, on_bad_row=data.on_bad_row
-            )
+            with _named("prompts"):
+                self.prompts = load_prompts(
+                    self.source, encoder, split=self.split, limit=self.limit, on_bad_row=data.on_bad_row
+                )
             longest = max(len(prompt.tokens) for prompt in self.prompts)
-            if longest + self.how.max_new_tokens > encoder.max_length:
+            if longest + max(2, self.how.max_new_tokens) > encoder.max_length:  # a cut prompt leaves one
                 raise DataError(
                     f"evaluation: the longest prompt has {longest} tokens or more, which with max_new_tokens "
                     f"{self.how.max_new_tokens} is more than max_length {encoder.max_length}: lower "
                     "--evaluation.max_new_tokens, or raise --data.max_length as far as the model goes"
                 )
         if self.text_source is not None:
-            self.text = load_text(self.text_source, encoder, limit=self.limit, on_bad_row=data.on_bad_row)
+            with _named("text"):
+                self.text = load_text(self.text_source, encoder, limit=self.limit, on_bad_row=data.on_bad_row)
 
     # ------------------------------------------------------------------------------------------ hooks
 
@@ -124,6 +128,7 @@ class Evaluation(L.Callback):
             return
         if not isinstance(data, AlignmentData) or not isinstance(pl_module, AlignmentModule):
             raise TypeError("Evaluation goes with AlignmentModule and AlignmentData")
+        self.before = []
         self.read(data)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -144,7 +149,7 @@ class Evaluation(L.Callback):
             total, count = map(sum, zip(*(part for _, part in gathered), strict=True))
             values["text/nll"] = total / count
         pl_module.log_dict({f"val/{name}": value for name, value in values.items()})
-        if trainer.sanity_checking:  # all held-out rows, before the first step
+        if trainer.sanity_checking and not self.before:  # a run that goes on has them from its checkpoint
             self.before = said
         self.after = said
         if self.folder is not None and trainer.is_global_zero and said:
@@ -155,11 +160,17 @@ class Evaluation(L.Callback):
             Console(highlight=False).print(table)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": [asdict(x) for x in self.before], "source": self.source}
+        return {"before": [asdict(x) for x in self.before], "of": self._fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["source"] == self.source:
+        if state_dict["of"] == self._fingerprint():
             self.before = [Said(**x) for x in state_dict["before"]]
+
+    def _fingerprint(self) -> str:
+        """Of the prompts and of all that a sample depends on: samples of others do not stand beside these."""
+        how = replace(self.how, batch_size=1)
+        tokens = b"".join(prompt.tokens.tobytes() + b"|" for prompt in self.prompts)
+        return blake2b(repr(how).encode() + tokens, digest_size=16).hexdigest()
 
     def table(self) -> Table | None:
         """The first completions, with those from before training beside them; None where nothing was sampled."""
@@ -201,7 +212,7 @@ class Evaluation(L.Callback):
             Said(
                 prompt=i,
                 completion=text,
-                verified=None if self.verifier is None else bool(self.verifier(prompt.row, text)),
+                verified=None if self.verifier is None else verdict(self.verifier, prompt, text),
                 logratio=ratio,
                 tokens=len(tokens),
                 ended=bool(tokens[-1] == encoder.eos_token_id),
@@ -228,15 +239,25 @@ class Evaluation(L.Callback):
 
     def _write(self, path: Path, said: Sequence[Said]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        aside = path.with_suffix(".partial")
+        with aside.open("w", encoding="utf-8") as file:
             for x in said:
                 known = {key: value for key, value in asdict(x).items() if key != "prompt" and value is not None}
                 file.write(json.dumps({"prompt": self.prompts[x.prompt].text} | known, ensure_ascii=False) + "\n")
+        aside.replace(path)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"evaluation.{key}: {error}") from error
 
 
 def _marked(said: Said) -> Text:
     """The completion with its verdict; nothing in it is markup."""
-    text = Text(said.completion)
+    text = Text(said.completion.replace("\x1b", "␛"))
     if said.verified is not None:
         text.append(" ✓" if said.verified else " ✗", style="green" if said.verified else "red")
     return text

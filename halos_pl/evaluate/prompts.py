@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halos_pl.data.records import BadRows, DataError, OnBadRow, Text, parse_prompt
+from halos_pl.data.records import BadRows, DataError, OnBadRow, Origin, Text, parse_prompt
 from halos_pl.data.sources import load_records, read_rows
 from halos_pl.data.tokenization import CompletionTokenizer, Tokens
 from halos_pl.data.views import as_demonstrations
@@ -14,11 +14,12 @@ from halos_pl.data.views import as_demonstrations
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt, its token ids, and the row that it stood in, for the verifier."""
+    """A prompt, its token ids, and the row that it stood in, for the verifier, with its place."""
 
     text: Text
     tokens: Tokens
     row: Mapping[str, Any]
+    origin: Origin
 
     @property
     def last_turn(self) -> str:
@@ -57,7 +58,7 @@ def load_prompts(
                 raise row
             text, tools = parse_prompt(row, origin)
             assert isinstance(row, Mapping)
-            found.append(Prompt(text, encoder.encode_prompt(text, origin=origin, tools=tools), row))
+            found.append(Prompt(text, encoder.encode_prompt(text, origin=origin, tools=tools), row, origin))
     bad.finish()
     if not found:
         raise DataError(f"{source}: no prompts")

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from halos_pl.data.tokenization import Tokens
+from halos_pl.models import ModelError
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Sampling:
             raise ValueError(
                 f"max_new_tokens and batch_size must be at least 1, got {self.max_new_tokens} and {self.batch_size}"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2**63, got {self.seed}")
 
 
 @torch.no_grad()
@@ -82,6 +83,9 @@ def sample(
 
     Returns:
         token ids of each completion, its EOS included unless it was cut at `max_new_tokens`.
+
+    Raises:
+        ModelError: probabilities that are not finite.
     """
     rows = range(len(prompts)) if rows is None else rows
     out: list[Tokens] = [np.empty(0, np.int32)] * len(prompts)
@@ -121,6 +125,8 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         cumulative = scores.double().softmax(-1).cumsum(-1)
+        if not cumulative[:, -1].isfinite().all():
+            raise ModelError("the model's probabilities are not finite numbers: did its training diverge?")
         at = self.uniform[:, input_ids.shape[1] - self.prompt_length, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, at, right=True).clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)

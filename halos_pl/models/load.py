@@ -190,7 +190,8 @@ def _read_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
         path = Path(name := locate(name)).expanduser()
     except ValueError as error:
         raise ModelError(str(error)) from error
-    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    inside = len(path.parts) > 1 and path.parent.is_dir()
+    looks_local = inside or path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
         siblings = [str(x) for x in path.parent.iterdir() if x.is_dir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(str(path), siblings, n=3, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""`python -m halos_pl.nano`: makes what ships anew: tokenizer, model and feedback.
+"""`python -m halos_pl.nano --out DIR`: makes what ships anew: tokenizer, model and feedback.
 
 The model is trained by the configuration that ships, `fit --config sft.yaml`; feedback is sampled from it and labelled
 by `granted`. With `--model` the feedback alone is made, from that model. On the machine that made what ships, the bytes
@@ -40,16 +40,21 @@ HELD_OUT, TRAINING, PAIRS, TRIES = 400, 3200, 2000, 12
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m halos_pl.nano", description="Make what ships anew.")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write (default: the package's own)")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder to write; what ships lies in {ASSETS.name}/")
     parser.add_argument("--model", help="make the feedback only, sampled from this folder")
     options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.model is None:
-        options.model = str(make_model(options.out / PLACES["model"]))
-    for name, rows in feedback(options.model, TRAINING, HELD_OUT, PAIRS).items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (options.out / PLACES[name]).write_text(text, encoding="utf-8", newline="\n")
-        print(f"{name}: {len(rows)} rows")
+    try:
+        if options.model is None:
+            options.model = str(make_model(options.out / PLACES["model"]))
+        made = feedback(options.model, TRAINING, HELD_OUT, PAIRS)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name, rows in made.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (options.out / PLACES[name]).write_bytes(text.encode())
+            print(f"{name}: {len(rows)} rows")
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"halos_pl.nano: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -151,7 +151,7 @@ def test_commands(folder: Path, monkeypatch: Any, capsys: Any, told: Any) -> Non
     ]
     out, err = capsys.readouterr()
     assert out == "HI\nSO\n/USR IS A FOLDER\nWELL\n"
-    assert "no command /rest; did you mean /reset?" in err
+    assert "no command /rest; there are /reset, /system, /exit" in err
     assert "there is no system message now" in err
 
 
@@ -221,7 +221,7 @@ def of_a_strange_type(folder: Path) -> None:
         (break_nothing, ["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
         (break_nothing, ["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (break_nothing, ["--max-new-tokens", "0"], "max_new_tokens and batch_size must be at least 1, got 0"),
-        (break_nothing, ["--seed", "-3"], "seed must be at least 0, got -3"),
+        (break_nothing, ["--seed", "-3"], "seed must be at least 0 and below 2**63, got -3"),
         (break_nothing, ["--device", "abacus"], "--device: no device 'abacus' here"),
         (break_nothing, ["--device", "meta"], "--device: no device 'meta' here"),
         (break_nothing, ["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),

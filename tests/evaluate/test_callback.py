@@ -109,11 +109,15 @@ def test_before_is_the_start_and_training_is_left_alone(tiny_model: Path, thumbs
     assert all(x.logratio != 0 for x in watched.after)
     assert "samples/verified" not in logged
     stored = json.loads(json.dumps(watched.state_dict()))
-    restored, other = Evaluation(str(thumbs_file)), Evaluation("others.jsonl")
-    for evaluation in (restored, other):
+    same, fewer, other_seed = (
+        Evaluation(str(thumbs_file), max_new_tokens=8, limit=limit, seed=seed)
+        for limit, seed in ((6, 0), (5, 0), (6, 1))
+    )
+    for evaluation in (same, fewer, other_seed):
+        evaluation.prompts = watched.prompts[: evaluation.limit]
         evaluation.load_state_dict(stored)
-    assert restored.before == watched.before
-    assert other.before == [], "what other prompts gave stands beside nothing"
+    assert same.before == watched.before
+    assert fewer.before == other_seed.before == [], "samples of others do not stand beside these"
 
 
 def test_a_validation_is_not_the_state_before_training(

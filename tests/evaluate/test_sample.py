@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halos_pl.evaluate.sample import Sampling, Tokens, sample
+from halos_pl.models import ModelError
 
 EOS, PAD = 2, 0
 PROMPTS = [np.array(ids, np.int32) for ids in ([1, 40, 41], [1], [1, 9, 9, 9, 77, 8, 30], [1, 40, 41], [5, 6])]
@@ -112,6 +113,19 @@ def test_the_model_is_left_as_it_was_and_its_own_settings_do_not_matter(model: P
         model.generation_config.num_beams = None
 
 
+def test_probabilities_that_are_not_numbers_are_refused(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings().weight
+    before = head.detach().clone()
+    try:
+        with torch.no_grad():
+            head[7, 0] = float("nan")
+        with pytest.raises(ModelError, match="not finite"):
+            draw(model, Sampling(max_new_tokens=2))
+    finally:
+        with torch.no_grad():
+            head.copy_(before)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -123,6 +137,7 @@ def test_the_model_is_left_as_it_was_and_its_own_settings_do_not_matter(model: P
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"batch_size": 0}, "batch_size"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
     ],
 )
 def test_values_out_of_range(wrong: dict[str, float], says: str) -> None:

@@ -100,3 +100,31 @@ def test_commands_that_sample_nothing_say_so(
     few = ["--data.test", "nano:thumbs-held-out", "--trainer.limit_test_batches", "1"]
     assert run(monkeypatch, tmp_path, "test", "--config", "kto.yaml", *few) == 0
     assert "`test` samples nothing: evaluation belongs to fit and validate" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_remembers_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--config", "kto.yaml", "--name", "on", "--evaluation.limit", "8", "--evaluation.text", "null"]
+    short += ["--trainer.limit_val_batches", "1", "--trainer.limit_train_batches", "4", "--model.schedule", "constant"]
+    assert run(monkeypatch, tmp_path, "fit", *short, "--trainer.max_epochs", "1") == 0
+    first = capsys.readouterr().out
+    assert run(monkeypatch, tmp_path, "fit", *short, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0
+    second = capsys.readouterr().out
+    for name in ("samples/verified (90 %)", "samples/kl", "loss", "rewards/margin"):
+        (before, _), (again, _) = (
+            re.findall(rf"│ {re.escape(name)} +│([^│]+)│([^│]+)│", out)[0] for out in (first, second)
+        )
+        assert again == before
+    assert (tmp_path / "runs" / "on" / "samples" / "step=8.jsonl").exists()
+
+
+def test_a_verifier_that_fails_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["--evaluation.prompts", "nano:thumbs-held-out", "--evaluation.limit", "2"]  # rows without a name
+    assert run(monkeypatch, tmp_path, "fit", "--config", "kto.yaml", *prompts) == 2
+    assert re.search(
+        r"evaluation.verifier fails on .*thumbs-held-out.jsonl:1: KeyError: 'name'", capsys.readouterr().err
+    )
+    assert not (tmp_path / "runs").exists()
