@@ -132,7 +132,7 @@ def picture(path: Path, options: argparse.Namespace) -> None:
     axes[0].set_ylim(0, 1)
     axes[0].legend(frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -138,11 +138,9 @@ class Evaluation(L.Callback):
         rank, world = trainer.global_rank, trainer.world_size
         said = self._say(pl_module, range(rank, len(self.prompts), world))
         nll = self._text_nll(pl_module, self.text[rank::world])
-        gathered: list[Any] = [None] * world
+        gathered: list[Any] = [(said, nll)] * world
         if world > 1:
             torch.distributed.all_gather_object(gathered, (said, nll))
-        else:
-            gathered = [(said, nll)]
         said = sorted((x for part, _ in gathered for x in part), key=lambda x: x.prompt)
         values = summary(said)
         if self.text:
@@ -177,10 +175,11 @@ class Evaluation(L.Callback):
         if not self.after or not self.shown:
             return None
         table = Table(title="samples", title_justify="left", show_lines=True)
-        stages = [self.before, self.after] if self.before else [self.after]
-        for name, width in zip(("prompt", *("before", "after")[-len(stages) :]), (2, 3, 3), strict=False):
-            table.add_column(name if len(stages) > 1 or name == "prompt" else "completion", ratio=width)
-        for said in list(zip(*stages, strict=True))[: self.shown]:
+        stages = {"before": self.before, "after": self.after} if self.before else {"completion": self.after}
+        table.add_column("prompt", ratio=2)
+        for name in stages:
+            table.add_column(name, ratio=3)
+        for said in list(zip(*stages.values(), strict=True))[: self.shown]:
             table.add_row(Text(self.prompts[said[0].prompt].last_turn), *map(_marked, said))
         return table
 
@@ -230,12 +229,12 @@ class Evaluation(L.Callback):
                 count += part.num_scored
         return total, count
 
-    def _rows(self, pairs: Sequence[tuple[Tokens, Tokens]], module: AlignmentModule) -> list[Sequences]:
+    def _rows(self, pairs: Sequence[tuple[Tokens, Tokens]], module: AlignmentModule) -> Iterator[Sequences]:
         assert self._read_with is not None
         pad, size = self._read_with.tokenizer.pad_token_id, self.how.batch_size
         parts = (pairs[i : i + size] for i in range(0, len(pairs), size))
         vocabulary = module.data_needs.vocab_size
-        return [sequences(part, pad_id=pad, vocab_size=vocabulary).to(module.device) for part in parts]
+        return (sequences(part, pad_id=pad, vocab_size=vocabulary).to(module.device) for part in parts)
 
     def _write(self, path: Path, said: Sequence[Said]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

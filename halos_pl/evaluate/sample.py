@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +65,6 @@ def sample(
     eos_token_id: int,
     pad_token_id: int,
     rows: Sequence[int] | None = None,
-    progress: Callable[[int], object] = lambda done: None,
 ) -> list[Tokens]:
     """A completion for each prompt.
 
@@ -79,7 +78,6 @@ def sample(
         eos_token_id: ends a completion.
         pad_token_id: fills up shorter prompts on the left, unseen.
         rows: a number for each prompt that names its noise. Default: 0, 1, 2 …
-        progress: told how many more prompts are done, batch by batch.
 
     Returns:
         token ids of each completion, its EOS included unless it was cut at `max_new_tokens`.
@@ -110,7 +108,6 @@ def sample(
             for i, tokens in zip(batch, generated[:, ids.shape[1] :].cpu().numpy().astype(np.int32), strict=True):
                 ends = np.flatnonzero(tokens == eos_token_id)
                 out[i] = tokens[: ends[0] + 1] if len(ends) else tokens
-            progress(len(batch))
     finally:
         model.generation_config = settings
         model.train(training)
