@@ -28,7 +28,7 @@ from halos_pl.models import (
     verify_head,
 )
 from halos_pl.schedule import Schedule, learning_rate
-from halos_pl.scoring import Scorer, compare, global_mean, per_token, reference_point
+from halos_pl.scoring import Scorer, compare, global_mean, per_token, reference_point, score_both
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -159,9 +159,10 @@ class AlignmentModule(L.LightningModule):
         """Policy against reference on token rows; only the policy's part carries a gradient."""
         if self.policy is None:
             raise RuntimeError("no model yet: call configure_model() first (a Trainer does)")
-        with torch.no_grad():
-            reference = None if self.reference is None else self.reference(rows)
-        scores = compare(self.policy(rows, entropy=entropy), reference, rows)
+        if self.reference is None:
+            scores = compare(self.policy(rows, entropy=entropy), None, rows)
+        else:
+            scores = compare(*score_both(self.policy, self.reference, rows, entropy=entropy), rows)
         return per_token(scores) if self.is_reference_free else scores
 
     @torch.no_grad()

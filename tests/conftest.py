@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -11,6 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if not torch.cuda.is_available():  # Triton decides when it is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +40,56 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+class Allocations(TorchDispatchMode):
+    """What operators return within this context, those that run inside `halos_kernels`' own operators included.
+
+    The storage of `given` tensors was there before: it does not count.
+    """
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {x.untyped_storage().data_ptr() for x in given}
+        self.shapes: set[tuple[int, ...]] = set()
+        self.largest = 0  # elements of the largest tensor, or of the storage behind one
+        self.peak = 0  # bytes alive at a time
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "halos_kernels":
+            out = self.inside(func, *args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.see(x)
+        return out
+
+    def inside(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        from halos_kernels import ops, seq_logratio
+
+        name = func.__name__.partition(".")[0]
+        operator = (
+            importlib.import_module(seq_logratio.__module__).sums if name == "seq_logratio" else getattr(ops, name)
+        )
+        with self:
+            return operator._init_fn(*args, **kwargs)
+
+    def see(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        if storage.data_ptr() in self.given or x.dtype == torch.uint8:  # bytes: the interpreter moving its arguments
+            return
+        self.shapes.add(tuple(x.shape))
+        self.largest = max(self.largest, x.numel(), storage.nbytes() // x.element_size())
+        self._alive[StorageWeakRef(storage)] = storage.nbytes()
+        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+
+
+@pytest.fixture
+def allocations() -> type[Allocations]:
+    return Allocations
 
 
 WORDS = tuple("the a cat dog bird sees hears likes small big old red quickly slowly today here".split())  # noqa: SIM905

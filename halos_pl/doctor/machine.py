@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from halos_kernels import linear_logp
-from halos_kernels.linear_logp import WORKSPACE_BYTES
+from halos_kernels.chunks import limits
+from halos_kernels.dispatch import obstacle
 
 MIB = 1 << 20
 CGROUPS = Path("/sys/fs/cgroup")
@@ -91,7 +92,7 @@ def accelerators() -> dict[str, Any]:
 
 
 def triton() -> dict[str, Any]:
-    """Version of Triton, the device that it compiles for, TRITON_INTERPRET, and whether `halos_kernels` uses it."""
+    """Version of Triton, the device that it compiles for, TRITON_INTERPRET, and why `halos_kernels` cannot use it, if so."""
     found: dict[str, Any] = {"version": None, "target": None, "problem": None}
     try:
         import triton
@@ -102,18 +103,8 @@ def triton() -> dict[str, Any]:
     except Exception as error:  # a broken install fails in its own way
         found["problem"] = " ".join(str(error).split())
     found["interpret"] = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
-    found["kernels"] = _has_triton_kernels()
+    found["obstacle"] = obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return found
-
-
-def _has_triton_kernels() -> bool:
-    try:
-        linear_logp(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), impl="triton")
-    except ValueError as error:
-        return "not part of this version" not in str(error)
-    except Exception:  # they are there, and want a GPU
-        return True
-    return True
 
 
 def measure() -> dict[str, Any]:
@@ -169,7 +160,7 @@ def scoring_speed(device: str) -> dict[str, float | int] | None:
         "tokens": TOKENS,
         "vocabulary": VOCABULARY,
         "logits_not_held_mib": logits // MIB,
-        "chunk_mib": min(WORKSPACE_BYTES, logits // 2) // MIB,
+        "chunk_mib": min(limits(weight.device).workspace, logits // 16) // MIB,
     }
 
 

@@ -127,11 +127,8 @@ def _judge_triton(state: Report) -> Iterator[Verdict]:
     if state["interpret"]:
         text = "TRITON_INTERPRET is set: Triton kernels would run in the interpreter, thousands of times slower"
         yield Verdict("warning", text, "unset TRITON_INTERPRET")
-    if not state["kernels"]:
-        text = "its Triton kernels are not part of this version"
-        yield Verdict("note", f"halos_kernels runs PyTorch operators over vocabulary chunks: {text}")
-    elif state["target"] is None:
-        yield Verdict("note", f"halos_kernels runs PyTorch operators: Triton has no device ({state['problem']})")
+    if state["obstacle"]:
+        yield Verdict("note", f"halos_kernels runs PyTorch operators over vocabulary chunks: {state['obstacle']}")
 
 
 def _times(ratio: float) -> str:

@@ -50,8 +50,9 @@ def find_head(model: PreTrainedModel) -> Head:
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise ModelError(
-            f"{type(model).__name__} has no plain linear output head (found {type(linear).__name__}); "
-            "its log-probabilities cannot be computed without logits"
+            f"{type(model).__name__} has no plain linear output head (found {type(linear).__module__}."
+            f"{type(linear).__name__}); its log-probabilities cannot be computed without logits. "
+            "If that is an adapter, leave the output layer out of its target modules, or merge it first"
         )
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere

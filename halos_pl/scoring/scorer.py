@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
-from halos_kernels import LogpOut, linear_logp
+from halos_kernels import Head, LogpOut, linear_logp, linear_logp_multi
 from torch import nn
 from transformers import PreTrainedModel
 
 from halos_pl.batch import Sequences
 from halos_pl.models import backbone, find_head
+
+T = TypeVar("T")
 
 
 class Scorer(nn.Module):
@@ -24,18 +29,43 @@ class Scorer(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, rows: Sequences, *, entropy: bool = False) -> LogpOut:
-        """Log-probability [N] of every scored token, in nats (and the entropy [N] of its distribution)."""
+    def forward(
+        self, rows: Sequences, *, entropy: bool = False, then: Callable[[Head], T] | None = None
+    ) -> LogpOut | T:
+        """Log-probability [N] of every scored token, in nats (and the entropy [N] of its distribution).
+
+        With `then`: what that returns, called with hidden states [N, d] and head while the weights are whole.
+        """
         body = backbone(self.lm)
         hidden = [body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in rows.blocks]
         predicting = (hidden[0] if len(hidden) == 1 else torch.cat(hidden)).index_select(0, rows.predictors)
-        head = find_head(self.lm)
+        own = find_head(self.lm)
+        if then is not None:
+            return then(Head(predicting, own.weight, own.bias, own.scale, own.softcap))
         return linear_logp(
             predicting,
-            head.weight,
+            own.weight,
             rows.targets,
-            bias=head.bias,
-            logit_scale=head.scale,
-            softcap=head.softcap,
+            bias=own.bias,
+            logit_scale=own.scale,
+            softcap=own.softcap,
             entropy=entropy,
         )
+
+
+def score_both(policy: Scorer, reference: Scorer, rows: Sequences, *, entropy: bool = False) -> tuple[LogpOut, LogpOut]:
+    """Policy and reference on the same rows; only the policy's part carries a gradient.
+
+    Where gradients are off, both heads go in one launch, inside both forwards.
+    """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            frozen = reference(rows)
+        return policy(rows, entropy=entropy), frozen
+    first, second = policy(
+        rows,
+        then=lambda head: reference(
+            rows, then=lambda other: linear_logp_multi([head, other], rows.targets, entropy=entropy)
+        ),
+    )
+    return first, second

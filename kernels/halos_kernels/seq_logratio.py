@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from halos_kernels.linear_logp import require_values
+from halos_kernels.dispatch import IMPLS, obstacle
+from halos_kernels.inputs import require_values
 
 
 class SeqOut(NamedTuple):
@@ -18,7 +19,7 @@ class SeqOut(NamedTuple):
     ref_logp: Tensor | None  # [B] Σ reference
 
 
-def seq_logratio(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor) -> SeqOut:
+def seq_logratio(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor, *, impl: str = "auto") -> SeqOut:
     """Log-ratio of policy to reference for each packed sequence: per-token differences, summed in float64.
 
         logratio[b] = Σ_n (logp[n] − ref_logp[n])   over n in cu_seqlens[b] : cu_seqlens[b + 1]
@@ -30,6 +31,7 @@ def seq_logratio(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor) -> S
         logp: [N] the policy's token log-probabilities in nats, float32 or float64.
         ref_logp: [N] the reference's, of the same dtype; None without a reference.
         cu_seqlens: [B + 1] integer offsets: starts at 0, never decreases, ends at N.
+        impl: "triton", "eager" or "auto", as of `linear_logp`.
 
     Returns:
         `logratio`, `logp`, `ref_logp` [B] in the inputs' dtype.
@@ -46,6 +48,27 @@ def seq_logratio(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor) -> S
         [0.5, 0.0, -2.0]
     """
     _check(logp, ref_logp, cu_seqlens)
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    logratio, total, ref_total = sums(logp, ref_logp, cu_seqlens, impl)
+    return SeqOut(logratio, total, None if ref_logp is None else ref_total)
+
+
+@torch.library.custom_op("halos_kernels::seq_logratio", mutates_args=())
+def sums(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ (logp − ref), Σ logp and Σ ref [B] of each sequence; without a reference Σ logp twice, and [0]."""
+    count = logp.shape[0]
+    require_values(
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == count) & (cu_seqlens.diff() >= 0).all(),
+        lambda: f"cu_seqlens must rise from 0 to logp's length {count}, got {cu_seqlens.tolist()}",
+    )
+    reason = obstacle(logp.device)
+    if impl == "triton" and reason:
+        raise ValueError(f"impl='triton' cannot serve this call: {reason}")
+    if impl == "triton" or (impl == "auto" and logp.is_cuda and not reason):
+        from halos_kernels import sequences
+
+        return sequences.sums(logp, ref_logp, cu_seqlens)
     lengths = cu_seqlens.long().diff()
 
     def total(x: Tensor) -> Tensor:
@@ -53,9 +76,45 @@ def seq_logratio(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor) -> S
 
     policy = logp.double()
     if ref_logp is None:
-        return SeqOut(logratio := total(policy), logratio, None)
+        found = total(policy)
+        return found, found.clone(), logp.new_empty(0)
     reference = ref_logp.double()
-    return SeqOut(total(policy - reference), total(policy), total(reference))
+    return total(policy - reference), total(policy), total(reference)
+
+
+@sums.register_fake
+def _(logp, ref_logp, cu_seqlens, impl):  # type: ignore[no-untyped-def]
+    each = [logp.new_empty(cu_seqlens.shape[0] - 1) for _ in range(3)]
+    return each[0], each[1], logp.new_empty(0) if ref_logp is None else each[2]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logp, ref_logp, cu_seqlens, _ = inputs
+    ctx.set_materialize_grads(False)
+    if ref_logp is None or not ref_logp.requires_grad:
+        ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(cu_seqlens)
+    ctx.tokens, ctx.has_reference = logp.shape[0], ref_logp is not None
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Every token of a sequence gets the sequence's gradient."""
+    (cu_seqlens,) = ctx.saved_tensors
+    ratio, total, ref_total = grads
+
+    def spread(*parts: Tensor | None) -> Tensor | None:
+        known = [x for x in parts if x is not None]
+        if not known:
+            return None
+        return torch.repeat_interleave(sum(known[1:], known[0]), cu_seqlens.long().diff(), output_size=ctx.tokens)
+
+    ref = None
+    if ctx.has_reference and ctx.needs_input_grad[1]:
+        ref = spread(None if ratio is None else -ratio, ref_total)
+    return spread(ratio, total) if ctx.needs_input_grad[0] else None, ref, None, None
+
+
+sums.register_autograd(_backward, setup_context=_save)
 
 
 def _check(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor) -> None:
@@ -75,9 +134,3 @@ def _check(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor) -> None:
         )
     if cu_seqlens.dtype not in (torch.int64, torch.int32) or cu_seqlens.numel() == 0:
         raise ValueError(f"cu_seqlens must be int64 or int32 [B + 1], got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    count = logp.shape[0]
-    ordered = (cu_seqlens.diff() >= 0).all()
-    require_values(
-        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == count) & ordered,
-        lambda: f"cu_seqlens must rise from 0 to logp's length {count}, got {cu_seqlens.tolist()}",
-    )

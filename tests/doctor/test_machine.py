@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from halos_kernels import linear_logp
+from halos_kernels import dispatch, linear_logp
 
 from halos_pl.doctor import machine
 
@@ -107,14 +107,15 @@ def test_triton(value: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> 
         assert found["problem"]
 
 
-def test_whether_the_kernels_are_here_is_asked_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_the_kernels_do_not_run_is_asked_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, targets = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
-    try:
-        linear_logp(hidden, hidden, targets, impl="triton")
-    except ValueError:
-        assert not machine.triton()["kernels"]
-    monkeypatch.setattr(machine, "linear_logp", lambda *args, **options: None)
-    assert machine.triton()["kernels"]
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="impl='triton' cannot serve this call") as caught:
+            linear_logp(hidden, hidden, targets, impl="triton")
+        assert str(caught.value).endswith(machine.triton()["obstacle"])
+    monkeypatch.setattr(dispatch, "_import_error", lambda: "Triton cannot be imported (no such thing)")
+    assert machine.triton()["obstacle"] == "Triton cannot be imported (no such thing)"
 
 
 def test_measurements() -> None:
@@ -140,5 +141,5 @@ def test_the_logits_that_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is not None
     assert found["tokens_per_second"] > 0
     assert found["logits_not_held_mib"] * 2**20 == machine.TOKENS * machine.VOCABULARY * 4
-    assert found["chunk_mib"] * 2**20 <= machine.WORKSPACE_BYTES
+    assert found["chunk_mib"] * 2**20 <= machine.limits(torch.device("cpu")).workspace
     assert machine.scoring_speed("cuda:99") is None

@@ -23,7 +23,7 @@ REPORT: dict[str, Any] = {
     "processor": {"model": "Abacus", "cores": 4, "usable_cores": 2.0, "threads": 2},
     "memory": {"total_mib": 8192, "available_mib": 4096},
     "accelerators": {"cuda": [], "mps": False, "built_for": "cpu", "nvidia_driver": False},
-    "triton": {"version": "3.6", "target": None, "problem": "no driver", "interpret": False, "kernels": False},
+    "triton": {"version": "3.6", "target": None, "problem": "no driver", "interpret": False, "obstacle": "no GPU"},
     "measured": {
         "products": {"cpu": {"float32": 100.0, "bfloat16": 100.0}},
         "threads": {"1": {"small": 10.0, "large": 50.0}, "2": {"small": 10.0, "large": 100.0}},
@@ -51,7 +51,7 @@ def test_a_machine_on_which_all_is_well() -> None:
     assert {x.mark for x in verdicts()} == {"ok", "note"}
     texts = " ".join(x.text for x in verdicts())
     assert "2 threads against one: small products 1× as fast, large ones 2× as fast; in use: 2" in texts
-    assert "its Triton kernels are not part of this version" in texts
+    assert "halos_kernels runs PyTorch operators over vocabulary chunks: no GPU" in texts
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import math
 import re
@@ -9,10 +10,15 @@ from pathlib import Path
 import halos_kernels
 import pytest
 import torch
-from halos_kernels import seq_logratio
 
 OFFSETS = torch.tensor([0, 0, 3, 4, 4, 11, 11])
 BOUNDS = [(0, 0), (0, 3), (3, 4), (4, 4), (4, 11), (11, 11)]
+
+
+@pytest.fixture(params=["eager", "triton"], autouse=True)
+def seq_logratio(request):
+    """Both implementations; Triton's in the interpreter."""
+    return functools.partial(halos_kernels.seq_logratio, impl=request.param)
 
 
 def sequences(dtype=torch.float32):
@@ -22,7 +28,7 @@ def sequences(dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("index", [torch.int64, torch.int32])
-def test_sums_of_differences(dtype, index):
+def test_sums_of_differences(dtype, index, seq_logratio):
     logp, ref = sequences(dtype)
     out = seq_logratio(logp, ref, OFFSETS.to(index))
     for name, x in (("logratio", logp.double() - ref.double()), ("logp", logp), ("ref_logp", ref)):
@@ -32,7 +38,7 @@ def test_sums_of_differences(dtype, index):
         torch.testing.assert_close(got, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
-def test_without_a_reference():
+def test_without_a_reference(seq_logratio):
     logp, _ = sequences()
     out = seq_logratio(logp, None, OFFSETS)
     assert out.ref_logp is None
@@ -40,7 +46,7 @@ def test_without_a_reference():
     assert out.logp[2] == logp[3]
 
 
-def test_small_ratios_survive_a_hundred_thousand_tokens():
+def test_small_ratios_survive_a_hundred_thousand_tokens(seq_logratio):
     g = torch.Generator().manual_seed(0)
     ref = -20 * torch.rand(100_000, generator=g)
     logp = (ref.double() + 1e-6 * torch.randn(100_000, generator=g, dtype=torch.float64)).float()
@@ -49,19 +55,19 @@ def test_small_ratios_survive_a_hundred_thousand_tokens():
     assert out.item() == pytest.approx(exact, rel=1e-7)
 
 
-def test_equal_policy_and_reference_give_exactly_zero():
+def test_equal_policy_and_reference_give_exactly_zero(seq_logratio):
     logp, _ = sequences()
     assert seq_logratio(logp, logp.clone(), OFFSETS).logratio.tolist() == [0.0] * 6
 
 
-def test_a_sequence_depends_on_its_own_tokens_only():
+def test_a_sequence_depends_on_its_own_tokens_only(seq_logratio):
     logp, ref = sequences()
     whole = seq_logratio(logp, ref, OFFSETS).logratio
     alone = [seq_logratio(logp[a:b], ref[a:b], torch.tensor([0, b - a])).logratio for a, b in BOUNDS]
     assert torch.equal(whole, torch.cat(alone))
 
 
-def test_gradients():
+def test_gradients(seq_logratio):
     logp, ref = (x.requires_grad_() for x in sequences(torch.float64))
     assert torch.autograd.gradcheck(lambda p, r: seq_logratio(p, r, OFFSETS), (logp, ref))
     assert torch.autograd.gradcheck(lambda p: seq_logratio(p, None, OFFSETS)[:2], (logp,))
@@ -71,7 +77,7 @@ def test_gradients():
     assert ref.grad.tolist() == [-2.0] * 3 + [3.0] + [-0.5] * 7
 
 
-def test_a_fixed_reference_gets_no_gradient():
+def test_a_fixed_reference_gets_no_gradient(seq_logratio):
     logp, ref = sequences()
     out = seq_logratio(logp.requires_grad_(), ref, OFFSETS)
     assert out.logratio.requires_grad
@@ -79,7 +85,7 @@ def test_a_fixed_reference_gets_no_gradient():
 
 
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0]])
-def test_no_tokens(offsets):
+def test_no_tokens(offsets, seq_logratio):
     logp = torch.zeros(0, requires_grad=True)
     out = seq_logratio(logp, torch.zeros(0), torch.tensor(offsets))
     assert out.logratio.tolist() == [0.0] * (len(offsets) - 1)
@@ -105,10 +111,22 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(case):
+def test_bad_input_is_named(case, seq_logratio):
     args, message = BAD[case]
     with pytest.raises(ValueError, match=re.escape(message)):
         seq_logratio(*args)
+
+
+def test_an_unknown_implementation():
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'eager', got 'cuda'"):
+        halos_kernels.seq_logratio(P, None, C, impl="cuda")
+
+
+def test_strided_inputs(seq_logratio):
+    logp, ref = torch.stack(sequences(), 1).unbind(1)
+    offsets = torch.stack([OFFSETS, OFFSETS], 1)[:, 0]
+    assert not logp.is_contiguous()
+    torch.testing.assert_close(tuple(seq_logratio(logp, ref, offsets)), tuple(seq_logratio(*sequences(), OFFSETS)))
 
 
 def test_docstring_examples():

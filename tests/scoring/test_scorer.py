@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from halos_pl.batch import Sequences
 from halos_pl.data.collate import sequences
 from halos_pl.models import ModelSource, find_head, load_model, verify_head
-from halos_pl.scoring import Scorer
+from halos_pl.scoring import Scorer, score_both
 
 V = 61
 ROWS = [(2, 5), (7, 1), (1, 9), (4, 4)]  # tokens of prompt and completion
@@ -137,32 +136,40 @@ def test_only_predictors_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen == [(sum(completion for _, completion in ROWS), 16)]
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operator returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
-def test_no_logits_of_tokens_times_vocabulary_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_logits_of_tokens_times_vocabulary_exist(allocations: Any) -> None:
     """V is far above everything else here, so that logits would be the largest tensor by far."""
     vocabulary = 4096
     lm = load_model(ModelSource(config={"model_type": "llama", **LLAMA, "vocab_size": vocabulary}))
     rows = sequences([(torch.arange(9).numpy(), torch.arange(40).numpy())] * 2, pad_id=0, vocab_size=vocabulary)
-    with Largest() as seen:
+    with allocations() as seen:
         Scorer(lm)(rows).logp.sum().backward()
     scored = vocabulary * rows.num_scored
-    assert vocabulary * 16 <= seen.elements < scored
-    monkeypatch.setattr(importlib.import_module("halos_kernels.linear_logp"), "WORKSPACE_BYTES", 10_000)
-    with Largest() as seen:
-        Scorer(lm)(rows).logp.sum().backward()
-    assert seen.elements == vocabulary * 16, "the gradient of the embedding is the largest that must exist"
-    with Largest() as seen:
+    assert seen.largest == vocabulary * 16 < scored, "the gradient of the embedding is the largest that must exist"
+    assert (rows.num_scored, 16) in seen.shapes, "the measure sees into the operator"
+    with allocations() as seen:
         lm(rows.blocks[0])
-    assert seen.elements >= scored, "the measure sees logits where they exist"
+    assert seen.largest >= scored, "the measure sees logits where they exist"
+
+
+def test_both_heads_in_one_call_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("halos_pl.scoring.scorer")
+    real, calls = module.linear_logp_multi, []
+
+    def spy(heads: Any, *args: Any, **options: Any) -> Any:
+        calls.append(len(heads))
+        return real(heads, *args, **options)
+
+    monkeypatch.setattr(module, "linear_logp_multi", spy)
+    policy, reference, rows = Scorer(build("phi")), Scorer(build("gemma2")), make_rows()
+    with torch.no_grad():
+        both = score_both(policy, reference, rows, entropy=True)
+        for out, scorer in zip(both, (policy, reference), strict=True):
+            alone = scorer(rows, entropy=True)
+            assert all(map(torch.equal, out, alone))
+    assert calls == [2]
+    with_gradient, without = score_both(policy, reference, rows)
+    assert calls == [2]
+    assert with_gradient.logp.requires_grad
+    assert not without.logp.requires_grad
+    assert torch.equal(with_gradient.logp, both[0].logp)
+    assert torch.equal(without.logp, both[1].logp)

@@ -1,0 +1,180 @@
+"""Which implementation serves a call: eager or Triton, and of Triton's two strategies the one that the table names."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from halos_kernels import eager
+from halos_kernels.chunks import Chunk
+from halos_kernels.inputs import Inputs, LogpOut
+
+IMPLS = ("auto", "triton", "eager")
+STRATEGIES = ("tiled", "chunked")
+
+_log = logging.getLogger("halos_kernels")
+_forced: str | None = None
+
+
+class Implementation(Protocol):
+    """What a module must define to serve `linear_logp`; `halos_kernels.eager` is the one that defines the values."""
+
+    def forward(self, inputs: Inputs, *, entropy: bool) -> LogpOut: ...
+
+    def forward_frozen(self, inputs: Inputs) -> tuple[Tensor, ...]: ...
+
+    def dlogits(
+        self,
+        inputs: Inputs,
+        lse: Tensor,
+        entropy: Tensor | None,
+        grad_logp: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> Iterator[Chunk]: ...
+
+
+def implementation(impl: str, inputs: Inputs) -> Implementation:
+    """The module that serves this call: a function of its shapes, dtypes and device alone, not of values or history.
+
+    Raises:
+        ValueError: `impl="triton"` for a call that Triton cannot serve here, with the reason.
+    """
+    reason = obstacle(inputs.hidden.device) or _unsupported(inputs)
+    if impl == "triton" and reason:
+        raise ValueError(f"impl='triton' cannot serve this call: {reason}")
+    interpreted = inputs.hidden.device.type == "cpu" and impl != "triton"  # slow: only when it is asked for
+    if impl == "eager" or reason or interpreted:
+        if impl == "auto":
+            _tell(f"eager ({reason or 'on the CPU'})")
+        return eager
+    from halos_kernels import chunked, tiled
+
+    name = _forced or strategy(architecture(inputs.hidden.device), inputs)
+    if name == "tiled" and not tiled.serves(inputs):
+        if _forced:
+            raise ValueError("the tiled strategy needs hidden and weight of one dtype, with contiguous rows")
+        name = "chunked"
+    if impl == "auto":
+        _tell(f"Triton, {name}")
+    if inputs.hidden.shape[0] == 0:  # nothing to launch
+        return eager
+    return tiled if name == "tiled" else chunked
+
+
+def forward_multi(impl: str, calls: Sequence[Inputs], *, entropy: bool) -> list[LogpOut]:
+    """Outputs of several calls on the same targets; pairs that the tiled strategy can take together share a launch."""
+    served = [implementation(impl, call) for call in calls]
+    outs: list[LogpOut] = []
+    while len(outs) < len(calls):
+        i = len(outs)
+        together = getattr(served[i], "forward_pair", None)
+        if together and i + 1 < len(calls) and served[i + 1] is served[i] and alike(calls[i], calls[i + 1]):
+            outs += together(calls[i], calls[i + 1], entropy=entropy)
+        else:
+            outs.append(served[i].forward(calls[i], entropy=entropy))
+    return outs
+
+
+def alike(first: Inputs, second: Inputs) -> bool:
+    """Whether one compiled kernel fits both: shapes, dtypes, strides and transform."""
+
+    def signature(inputs: Inputs) -> tuple[Any, ...]:
+        tensors = (inputs.hidden, inputs.weight, inputs.bias)
+        return inputs.transform, *(x if x is None else (x.shape, x.dtype, x.stride()) for x in tensors)
+
+    return signature(first) == signature(second)
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on this device; None where they can."""
+    if device.type == "cpu":
+        asked = "on the CPU it needs Triton's interpreter (TRITON_INTERPRET=1 at the start)"
+        return _import_error() or (None if interpreting() else asked)
+    return _import_error() if device.type == "cuda" else f"no kernels for {device.type}"
+
+
+@functools.cache
+def _import_error() -> str | None:
+    try:
+        importlib.import_module("halos_kernels.jit.math")
+    except Exception as error:  # a broken install fails in its own way
+        return f"Triton cannot be imported ({error})"
+    return None
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether the kernels of this process run in Triton's interpreter, which was decided when they were imported."""
+    from halos_kernels.jit.math import INTERPRET
+
+    return INTERPRET
+
+
+def strategy(arch: str, inputs: Inputs) -> str:
+    """The first row of the table that fits."""
+    (rows, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
+    bits = str(8 * inputs.operand.itemsize)
+    for row in table()["strategies"]:
+        spans = ((row.get(name), value) for name, value in (("N", rows), ("V", vocabulary), ("d", d)))
+        if row.get("arch", arch) != arch or row.get("bits", bits) != bits:
+            continue
+        if all(span is None or span[0] <= value <= span[1] for span, value in spans):
+            return str(row["strategy"])
+    raise AssertionError("the table's last row fits every call")
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """`tuned.json`: tiles of each kernel and the strategies, by architecture."""
+    return dict(json.loads(Path(__file__).with_name("tuned.json").read_text(encoding="utf-8")))
+
+
+def tile(kernel: str, arch: str) -> dict[str, int]:
+    """Block sizes, warps and pipeline stages of a kernel; for a GPU without tiles the smallest, which fit anywhere."""
+    tiles = table()["tiles"]
+    return dict(tiles.get(arch, tiles["sm_80" if arch.startswith("sm_") else "gfx942"])[kernel])
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """sm_90, gfx942, …, or "interpreter"."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Within this context Triton takes the strategy "tiled" or "chunked", whatever the table says: for measuring it."""
+    global _forced
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _unsupported(inputs: Inputs) -> str | None:
+    if inputs.dtype == torch.float64:
+        return "float64 is computed by impl='eager' only"
+    return None
+
+
+@functools.cache
+def _tell(path: str) -> None:
+    """Once for each path in a process."""
+    _log.info("linear_logp: impl='auto' takes %s", path)

@@ -1,0 +1,205 @@
+"""Strategy "tiled" on the host: launches of the kernels in `jit.tiled`, which keep logits in registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from halos_kernels.chunks import Chunk, Weighted, by_rows, pull, weighted_sum, width
+from halos_kernels.dispatch import architecture, tile
+from halos_kernels.inputs import Inputs, LogpOut
+from halos_kernels.jit.math import INTERPRET
+from halos_kernels.jit.tiled import dlogits_kernel, lower_kernel, statistics_kernel
+from halos_kernels.partials import Partials, binary, cap_slope, merge, total
+
+FROZEN_ROWS = 4096  # of one block of the frozen forward, whose sums are float32 [rows, d]
+PROGRAMS = 264  # wanted at a time: two for each processor of the largest GPU here
+
+
+def serves(inputs: Inputs) -> bool:
+    """Both factors of one dtype, rows contiguous."""
+    hidden, weight = inputs.hidden, inputs.weight
+    return hidden.dtype == weight.dtype and hidden.stride(1) == 1 and weight.stride(1) == 1
+
+
+def forward(inputs: Inputs, *, entropy: bool) -> LogpOut:
+    block = _forward_tile(inputs)
+    partials = Partials.start(_splits(inputs, block), inputs, entropy=entropy)
+    _statistics([inputs], partials, block, range(partials.peak.shape[0]), entropy=entropy)
+    return merge(partials)
+
+
+def forward_pair(first: Inputs, second: Inputs, *, entropy: bool) -> list[LogpOut]:
+    """Two heads on the same targets in one launch; values bitwise those of two calls."""
+    block = _forward_tile(first)
+    splits, rows = _splits(first, block), first.hidden.shape[0]
+    both = Partials.start(2 * splits, first, entropy=entropy)._replace(
+        target=first.hidden.new_full((2 * rows,), float("nan"), dtype=torch.float32)
+    )
+    _statistics([first, second], both, block, range(splits), entropy=entropy)
+    outs = []
+    for i in range(2):
+        some, own = slice(i * splits, (i + 1) * splits), slice(i * rows, (i + 1) * rows)
+        moment = both.moment[some] if entropy else both.moment
+        outs.append(merge(Partials(both.peak[some], both.total[some], moment, both.target[own])))
+    return outs
+
+
+def forward_frozen(inputs: Inputs) -> tuple[Tensor, ...]:
+    def score(rows: Inputs) -> tuple[Tensor, ...]:
+        block = _forward_tile(rows)
+        partials = Partials.start(_splits(rows, block), rows, entropy=False)
+        weighted = weighted_sum(rows, _exponentials(rows, partials, block))
+        logp, lse, _ = merge(partials)
+        return logp, lse, pull(rows, weighted, total(partials), cap_slope(partials, rows.transform))
+
+    return by_rows(score, inputs, size=FROZEN_ROWS)
+
+
+def dlogits(
+    inputs: Inputs, lse: Tensor, entropy: Tensor | None, grad_logp: Tensor | None, grad_entropy: Tensor | None
+) -> Iterator[Chunk]:
+    plain = inputs.transform.softcap is None and grad_entropy is None
+    block = _tile("dlogits" if plain else "dlogits_full", inputs)
+    rows, (vocabulary, d) = inputs.hidden.shape[0], inputs.weight.shape
+    size = min(vocabulary, block["BLOCK_N"] * triton.cdiv(width(inputs), block["BLOCK_N"]))
+    buffer = inputs.hidden.new_empty(rows, size, dtype=inputs.operand)
+    g = torch.zeros_like(lse) if grad_logp is None else grad_logp
+    h, w, descriptors = _operands(inputs, block)
+    for start in range(0, vocabulary, size):
+        columns = slice(start, min(start + size, vocabulary))
+        du = buffer[:, : columns.stop - start]
+        programs = triton.cdiv(rows, block["BLOCK_M"]) * triton.cdiv(du.shape[1], block["BLOCK_N"])
+        dlogits_kernel[(programs,)](
+            h,
+            w,
+            inputs.targets if inputs.bias is None else inputs.bias,
+            inputs.targets,
+            lse,
+            lse if entropy is None else entropy,
+            g,
+            g if grad_entropy is None else grad_entropy,
+            du,
+            rows,
+            vocabulary,
+            start,
+            du.shape[1],
+            inputs.hidden.stride(0),
+            inputs.weight.stride(0),
+            du.stride(0),
+            *binary(inputs.transform),
+            inputs.transform.slope,
+            D=d,
+            HAS_BIAS=inputs.bias is not None,
+            SOFTCAP=inputs.transform.softcap is not None,
+            ENTROPY=grad_entropy is not None,
+            DESCRIPTORS=descriptors,
+            INTERPRETED=INTERPRET,
+            **block,
+        )
+        yield Chunk(columns, inputs.weight[columns].to(inputs.operand), du)
+
+
+def _exponentials(inputs: Inputs, partials: Partials, block: dict[str, int]) -> Iterator[Weighted]:
+    """Chunks of whole splits: their statistics, and exp(z − peak) for the product with the weight."""
+    rows, vocabulary = inputs.hidden.shape[0], inputs.weight.shape[0]
+    columns_each, all_splits = block["TILES"] * block["BLOCK_N"], partials.peak.shape[0]
+    wanted = triton.cdiv(PROGRAMS, triton.cdiv(rows, block["BLOCK_M"]))
+    each = max(1, min(wanted, all_splits // 8))
+    e = inputs.hidden.new_empty(rows, each * columns_each, dtype=inputs.operand)
+    tile_peak = partials.target.new_empty(each * block["TILES"], rows)
+    peak = partials.target.new_full((rows,), torch.finfo(torch.float32).min)
+    scale = _tile("lower", inputs)
+    for split in range(0, all_splits, each):
+        splits = range(split, min(split + each, all_splits))
+        _statistics([inputs], partials, block, splits, entropy=False, store=(e, tile_peak))
+        start = split * columns_each
+        columns = slice(start, min(splits.stop * columns_each, vocabulary))
+        after = torch.maximum(peak, partials.peak[split : splits.stop].amax(0))
+        part = e[:, : columns.stop - start]
+        grid = (triton.cdiv(rows, scale["BLOCK_M"]), triton.cdiv(part.shape[1], block["BLOCK_N"]))
+        lower_kernel[grid](part, tile_peak, after, rows, part.shape[1], e.stride(0), BLOCK_N=block["BLOCK_N"], **scale)
+        yield Weighted(inputs.weight[columns].to(inputs.operand), part, torch.exp2(peak - after))
+        peak = after
+
+
+def _statistics(
+    heads: list[Inputs],
+    partials: Partials,
+    block: dict[str, int],
+    splits: range,
+    *,
+    entropy: bool,
+    store: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Fill the partials of these splits; `store` takes the exponentials and each tile's peak."""
+    first, last = heads[0], heads[-1]
+    (rows, d), vocabulary = first.hidden.shape, first.weight.shape[0]
+    h0, w0, descriptors = _operands(first, block)
+    h1, w1, _ = _operands(last, block) if len(heads) > 1 else (h0, w0, None)
+    e, tile_peak = store or (partials.peak, partials.peak)
+    statistics_kernel[(triton.cdiv(rows, block["BLOCK_M"]) * len(splits), len(heads))](
+        h0,
+        w0,
+        first.targets if first.bias is None else first.bias,
+        h1,
+        w1,
+        last.targets if last.bias is None else last.bias,
+        first.targets,
+        *partials,
+        e,
+        tile_peak,
+        rows,
+        vocabulary,
+        splits.start,
+        len(splits),
+        partials.peak.shape[0] // len(heads),
+        first.hidden.stride(0),
+        first.weight.stride(0),
+        e.stride(0),
+        *binary(first.transform),
+        D=d,
+        HEADS=len(heads),
+        HAS_BIAS=first.bias is not None,
+        SOFTCAP=first.transform.softcap is not None,
+        ENTROPY=entropy,
+        STORE=store is not None,
+        DESCRIPTORS=descriptors,
+        INTERPRETED=INTERPRET,
+        **block,
+    )
+
+
+def _forward_tile(inputs: Inputs) -> dict[str, int]:
+    """One for every pass over the same head, so that their log-probabilities are bitwise equal."""
+    return _tile("forward" if inputs.transform.softcap is None else "forward_capped", inputs)
+
+
+def _tile(kernel: str, inputs: Inputs) -> dict[str, int]:
+    return tile(kernel, architecture(inputs.hidden.device))
+
+
+def _splits(inputs: Inputs, block: dict[str, int]) -> int:
+    return triton.cdiv(triton.cdiv(inputs.weight.shape[0], block["BLOCK_N"]), block["TILES"])
+
+
+def _operands(inputs: Inputs, block: dict[str, int]) -> tuple[Any, Any, bool]:
+    """Hidden and weight as tensor descriptors, where the device copies by them and rows are aligned to 16 bytes."""
+    hidden, weight = inputs.hidden, inputs.weight
+    aligned = all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) for x in (hidden, weight)
+    )
+    if not aligned or not _has_descriptors(hidden.device):
+        return hidden, weight, False
+    h = TensorDescriptor.from_tensor(hidden, [block["BLOCK_M"], block["BLOCK_D"]])
+    return h, TensorDescriptor.from_tensor(weight, [block["BLOCK_N"], block["BLOCK_D"]]), True
+
+
+def _has_descriptors(device: torch.device) -> bool:
+    name = architecture(device)
+    return name.startswith("sm_") and int(name[3:]) >= 90

@@ -1,0 +1,105 @@
+"""Which implementation serves a call, and what is said about it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from halos_kernels import chunked, dispatch, eager, linear_logp, tiled
+from halos_kernels.inputs import Inputs, Transform
+
+
+def inputs(n=4, v=5, d=3, dtype=torch.float32, weight_dtype=None):
+    weight = torch.zeros(v, d, dtype=weight_dtype or dtype)
+    return Inputs(torch.zeros(n, d, dtype=dtype), weight, None, torch.zeros(n, dtype=torch.long), Transform())
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True)
+
+
+CALL = """
+import logging, torch
+logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+from halos_kernels import linear_logp
+x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+for impl in {impls}:
+    linear_logp(x, x, y, impl=impl)
+"""
+
+
+def test_eager_is_the_default_on_the_cpu_and_says_so_once():
+    done = run(CALL.format(impls=["auto", "auto", "eager"]))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "halos_kernels: linear_logp: impl='auto' takes eager (on the CPU it needs Triton's interpreter "
+        "(TRITON_INTERPRET=1 at the start))"
+    ]
+    done = run(CALL.format(impls=["auto"]), TRITON_INTERPRET="1")
+    assert done.stderr.splitlines() == ["halos_kernels: linear_logp: impl='auto' takes eager (on the CPU)"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
+def test_triton_without_a_device_or_without_triton_is_refused():
+    done = run(CALL.format(impls=["triton"]))
+    assert "ValueError: impl='triton' cannot serve this call: on the CPU it needs Triton's interpreter" in done.stderr
+    absent = "import sys; sys.modules['triton'] = None\n"
+    done = run(absent + CALL.format(impls=["eager", "auto"]))
+    assert done.returncode == 0, done.stderr
+    done = run(absent + CALL.format(impls=["triton"]), TRITON_INTERPRET="1")
+    assert "ValueError: impl='triton' cannot serve this call: Triton cannot be imported" in done.stderr
+
+
+def test_float64_is_eager_only():
+    assert dispatch.implementation("auto", inputs(dtype=torch.float64)) is eager
+    with pytest.raises(ValueError, match=r"impl='triton' cannot serve this call: float64"):
+        dispatch.implementation("triton", inputs(dtype=torch.float64))
+    assert dispatch.obstacle(torch.device("mps")) == "no kernels for mps"
+
+
+def test_a_forced_strategy_holds_within_its_context():
+    if not dispatch.interpreting():
+        pytest.skip("in the interpreter")
+    with dispatch.forced("chunked"):
+        assert dispatch.implementation("triton", inputs()) is chunked
+        with dispatch.forced("tiled"):
+            assert dispatch.implementation("triton", inputs()) is tiled
+            with pytest.raises(ValueError, match="the tiled strategy needs"):
+                dispatch.implementation("triton", inputs(weight_dtype=torch.bfloat16))
+        assert dispatch.implementation("triton", inputs()) is chunked
+        assert dispatch.implementation("triton", inputs(n=0)) is eager
+    with pytest.raises(ValueError, match="strategy must be one of tiled, chunked, got 'both'"), dispatch.forced("both"):
+        pass
+    assert dispatch.implementation("triton", inputs(weight_dtype=torch.bfloat16)) is chunked
+
+
+def test_the_table_serves_every_call_on_every_architecture():
+    for arch in dispatch.table()["tiles"]:
+        for shape in ((1, 17, 8), (8192, 151936, 896), (8192, 151936, 8192)):
+            some = Inputs(*(torch.empty(s, device="meta") for s in ((shape[0], shape[2]), shape[1:])), None,
+                          torch.empty(shape[0], device="meta"), Transform())  # fmt: skip
+            assert dispatch.strategy(arch, some) in dispatch.STRATEGIES
+    kernels = {"forward", "forward_capped", "dlogits", "dlogits_full", "lower", "fold", "chunk_dlogits", "sums"}
+    assert all(set(tiles) == kernels for tiles in dispatch.table()["tiles"].values())
+
+
+def test_an_unknown_gpu_takes_the_smallest_tiles_of_its_maker():
+    tiles = dispatch.table()["tiles"]
+    for name, known in (("sm_75", "sm_80"), ("sm_86", "sm_80"), ("sm_120", "sm_80"), ("gfx950", "gfx942")):
+        assert dispatch.tile("forward", name) == tiles[known]["forward"]
+    dispatch.tile("forward", "sm_90").clear()
+    assert dispatch.tile("forward", "sm_90"), "a copy, not the table"
+
+
+def test_one_path_is_told_once(caplog):
+    dispatch._tell.cache_clear()
+    x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+    with caplog.at_level(logging.INFO, "halos_kernels"):
+        linear_logp(x, x, y)
+        linear_logp(x, x, y)
+    assert len(caplog.records) == 1
