@@ -92,7 +92,7 @@ def accelerators() -> dict[str, Any]:
 
 
 def triton() -> dict[str, Any]:
-    """Version of Triton, the device that it compiles for, TRITON_INTERPRET, and why `halos_kernels` cannot use it, if so."""
+    """Version of Triton, the device it compiles for, TRITON_INTERPRET, and why `halos_kernels` cannot use it, if so."""
     found: dict[str, Any] = {"version": None, "target": None, "problem": None}
     try:
         import triton

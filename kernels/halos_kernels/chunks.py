@@ -18,16 +18,16 @@ from halos_kernels.inputs import Inputs
 class Limits(NamedTuple):
     """Of what one pass holds beside its inputs and outputs."""
 
-    workspace: int  # bytes of one chunk of logits and of its copy in half precision
+    workspace: int  # bytes of one chunk of logits and of its copy in half precision,
+    columns: int  # but at least so many columns: a product with few is slow
     rows: int  # of one block of the forward pass
     parts: int  # a chunk is at most this part of all logits,
 
 
-LIMITS = {
-    "cpu": Limits(4 << 20, 1024, 32),
-    "cuda": Limits(256 << 20, 2048, 16),
-}  # on the CPU a chunk stays in the cache
+# on the CPU a chunk stays in the cache
+LIMITS = {"cpu": Limits(4 << 20, 128, 1024, 32), "cuda": Limits(256 << 20, 2048, 2048, 16)}
 SMALLEST = 4096  # elements: but never cut below this
+MOST = 2**31 - 1  # elements: kernels find their way in a chunk with 32 bits
 
 
 def limits(device: torch.device) -> Limits:
@@ -45,7 +45,8 @@ def width(inputs: Inputs) -> int:
     rows, vocabulary = max(1, inputs.hidden.shape[0]), inputs.weight.shape[0]
     limit = limits(inputs.hidden.device)
     bytes_each = inputs.dtype.itemsize + (inputs.operand.itemsize if inputs.operand != inputs.dtype else 0)
-    columns = min(limit.workspace // (bytes_each * rows), max(SMALLEST // rows, vocabulary // limit.parts))
+    columns = max(limit.workspace // (bytes_each * rows), limit.columns)
+    columns = min(columns, max(SMALLEST // rows, vocabulary // limit.parts), MOST // rows)
     if columns >= vocabulary:
         return vocabulary
     columns = math.ceil(vocabulary / math.ceil(vocabulary / max(1, columns)))  # even chunks,

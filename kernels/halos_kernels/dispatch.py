@@ -61,7 +61,7 @@ def implementation(impl: str, inputs: Inputs) -> Implementation:
     name = _forced or strategy(architecture(inputs.hidden.device), inputs)
     if name == "tiled" and not tiled.serves(inputs):
         if _forced:
-            raise ValueError("the tiled strategy needs hidden and weight of one dtype, with contiguous rows")
+            raise ValueError("the tiled strategy needs hidden and weight in one half precision, with contiguous rows")
         name = "chunked"
     if impl == "auto":
         _tell(f"Triton, {name}")

@@ -6,7 +6,8 @@ An absent entropy or gradient is a tensor of no elements: operators cannot retur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def linear_logp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp, lse and entropy [N] (or [0])."""
     inputs = _inputs(hidden, weight, bias, targets, scale, softcap, temperature)
-    with _no_autocast(hidden):
+    with _computing(hidden):
         out = implementation(impl, inputs).forward(inputs, entropy=entropy)
     return out.logp, out.lse, out.logp.new_empty(0) if out.entropy is None else out.entropy
 
@@ -64,7 +65,7 @@ def linear_logp_backward(
     inputs = _inputs(hidden, weight, bias, targets, scale, softcap, temperature, checked=True)
     if not entropy.numel():
         grad_entropy = None  # or nothing, expanded
-    with _no_autocast(hidden):
+    with _computing(hidden):
         chunks = implementation(impl, inputs).dlogits(
             inputs,
             lse.contiguous(),
@@ -120,7 +121,7 @@ def linear_logp_frozen(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp and lse [N], and ∂logp/∂hidden [N, d]: the weight and bias get no gradient."""
     inputs = _inputs(hidden, weight, bias, targets, scale, softcap, temperature)
-    with _no_autocast(hidden):
+    with _computing(hidden):
         logp, lse, pull = implementation(impl, inputs).forward_frozen(inputs)
     return logp, lse, pull
 
@@ -172,7 +173,7 @@ def linear_logp_multi(
     """logp, lse and, if asked for, entropy [N] of one head after another. A softcap of 0 is none."""
     rest = zip(hiddens, weights, biases, scales, softcaps, temperatures, strict=True)
     calls = [_inputs(h, w, b, targets, scale, softcap or None, t) for h, w, b, scale, softcap, t in rest]
-    with _no_autocast(targets):
+    with _computing(targets):
         outs = forward_multi(impl, calls, entropy=entropy)
     return [x for out in outs for x in out if x is not None]
 
@@ -205,5 +206,9 @@ def _empty_logp(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=dtype)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+@contextmanager
+def _computing(x: Tensor) -> Iterator[None]:
+    """Without autocast, and on the device of `x`: Triton launches on the current one."""
+    device = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    with torch.autocast(x.device.type, enabled=False), device:
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,8 @@ def sums(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor, impl: str) -
     if impl == "triton" or (impl == "auto" and logp.is_cuda and not reason):
         from halos_kernels import sequences
 
-        return sequences.sums(logp, ref_logp, cu_seqlens)
+        with torch.cuda.device(logp.device) if logp.is_cuda else nullcontext():
+            return sequences.sums(logp, ref_logp, cu_seqlens)
     lengths = cu_seqlens.long().diff()
 
     def total(x: Tensor) -> Tensor:

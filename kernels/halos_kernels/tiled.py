@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halos_kernels.chunks import Chunk, Weighted, by_rows, pull, weighted_sum, width
 from halos_kernels.dispatch import architecture, tile
-from halos_kernels.inputs import Inputs, LogpOut
+from halos_kernels.inputs import HALF, Inputs, LogpOut
 from halos_kernels.jit.math import INTERPRET
 from halos_kernels.jit.tiled import dlogits_kernel, lower_kernel, statistics_kernel
 from halos_kernels.partials import Partials, binary, cap_slope, merge, total
@@ -22,9 +22,10 @@ PROGRAMS = 264  # wanted at a time: two for each processor of the largest GPU he
 
 
 def serves(inputs: Inputs) -> bool:
-    """Both factors of one dtype, rows contiguous."""
+    """Both factors in one half precision (the interpreter takes float32 too), rows contiguous."""
     hidden, weight = inputs.hidden, inputs.weight
-    return hidden.dtype == weight.dtype and hidden.stride(1) == 1 and weight.stride(1) == 1
+    known = hidden.dtype == weight.dtype and (hidden.dtype in HALF or INTERPRET)
+    return known and hidden.stride(1) == 1 and weight.stride(1) == 1
 
 
 def forward(inputs: Inputs, *, entropy: bool) -> LogpOut:
@@ -67,7 +68,7 @@ def dlogits(
     plain = inputs.transform.softcap is None and grad_entropy is None
     block = _tile("dlogits" if plain else "dlogits_full", inputs)
     rows, (vocabulary, d) = inputs.hidden.shape[0], inputs.weight.shape
-    size = min(vocabulary, block["BLOCK_N"] * triton.cdiv(width(inputs), block["BLOCK_N"]))
+    size = min(vocabulary, block["BLOCK_N"] * triton.cdiv(width(inputs), block["BLOCK_N"]))  # whole tiles
     buffer = inputs.hidden.new_empty(rows, size, dtype=inputs.operand)
     g = torch.zeros_like(lse) if grad_logp is None else grad_logp
     h, w, descriptors = _operands(inputs, block)

@@ -50,7 +50,7 @@ def with_bias(options: dict, v: int, dtype: torch.dtype = torch.float64) -> dict
 @pytest.fixture(params=["one chunk", "many chunks and blocks of rows"])
 def chunks(request, monkeypatch):
     if request.param != "one chunk":
-        monkeypatch.setitem(LIMITS, "cpu", Limits(workspace=3 * 8 * 33, rows=5, parts=2))
+        monkeypatch.setitem(LIMITS, "cpu", Limits(workspace=3 * 8 * 33, columns=1, rows=5, parts=2))
 
 
 @pytest.mark.usefixtures("chunks")

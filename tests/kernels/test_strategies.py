@@ -31,7 +31,7 @@ def strategy(request):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(LIMITS, "cpu", Limits(workspace=40_000, rows=40, parts=4))
+    monkeypatch.setitem(LIMITS, "cpu", Limits(workspace=40_000, columns=1, rows=40, parts=4))
 
 
 def make(n: int, v: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
