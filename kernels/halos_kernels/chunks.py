@@ -27,7 +27,7 @@ class Limits(NamedTuple):
 # on the CPU a chunk stays in the cache
 LIMITS = {"cpu": Limits(4 << 20, 128, 1024, 32), "cuda": Limits(256 << 20, 2048, 2048, 16)}
 SMALLEST = 4096  # elements: but never cut below this
-MOST = 2**31 - 1  # elements: kernels find their way in a chunk with 32 bits
+MOST = 2**30  # elements: kernels find their way in a chunk with 32 bits
 
 
 def limits(device: torch.device) -> Limits:

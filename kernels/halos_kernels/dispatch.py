@@ -20,6 +20,8 @@ from halos_kernels.inputs import Inputs, LogpOut
 
 IMPLS = ("auto", "triton", "eager")
 STRATEGIES = ("tiled", "chunked")
+DESCRIPTORS = ("sm_90", "sm_100")
+"""Architectures whose tiles are copied by tensor descriptor. Others read by pointers, which any GPU can."""
 
 _log = logging.getLogger("halos_kernels")
 _forced: str | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halos_kernels.chunks import Chunk, Weighted, by_rows, pull, weighted_sum, width
-from halos_kernels.dispatch import architecture, tile
+from halos_kernels.dispatch import DESCRIPTORS, architecture, tile
 from halos_kernels.inputs import HALF, Inputs, LogpOut
 from halos_kernels.jit.math import INTERPRET
 from halos_kernels.jit.tiled import dlogits_kernel, lower_kernel, statistics_kernel
@@ -195,12 +195,7 @@ def _operands(inputs: Inputs, block: dict[str, int]) -> tuple[Any, Any, bool]:
     aligned = all(
         x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) for x in (hidden, weight)
     )
-    if not aligned or not _has_descriptors(hidden.device):
+    if not aligned or architecture(hidden.device) not in DESCRIPTORS:
         return hidden, weight, False
     h = TensorDescriptor.from_tensor(hidden, [block["BLOCK_M"], block["BLOCK_D"]])
     return h, TensorDescriptor.from_tensor(weight, [block["BLOCK_N"], block["BLOCK_D"]]), True
-
-
-def _has_descriptors(device: torch.device) -> bool:
-    name = architecture(device)
-    return name.startswith("sm_") and int(name[3:]) >= 90
