@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,13 +51,8 @@ def implementation(impl: str, inputs: Inputs) -> Implementation:
     Raises:
         ValueError: `impl="triton"` for a call that Triton cannot serve here, with the reason.
     """
-    reason = obstacle(inputs.hidden.device) or _unsupported(inputs)
-    if impl == "triton" and reason:
-        raise ValueError(f"impl='triton' cannot serve this call: {reason}")
-    interpreted = inputs.hidden.device.type == "cpu" and impl != "triton"  # slow: only when it is asked for
-    if impl == "eager" or reason or interpreted:
-        if impl == "auto":
-            _tell(f"eager ({reason or 'on the CPU'})")
+    unsupported = "float64 is computed by impl='eager' only" if inputs.dtype == torch.float64 else None
+    if not use_triton(impl, inputs.hidden.device, unsupported):
         return eager
     from halos_kernels import chunked, tiled
 
@@ -70,6 +66,29 @@ def implementation(impl: str, inputs: Inputs) -> Implementation:
     if inputs.hidden.shape[0] == 0:  # nothing to launch
         return eager
     return tiled if name == "tiled" else chunked
+
+
+def use_triton(impl: str, device: torch.device, unsupported: str | None = None) -> bool:
+    """Whether Triton serves a call; `unsupported` says why it could not on any device.
+
+    HALOS_IMPL in the environment stands for the `impl` of calls that leave it at "auto".
+
+    Raises:
+        ValueError: "triton" where it cannot, with the reason; HALOS_IMPL is none of `IMPLS`.
+    """
+    wanted = os.environ.get("HALOS_IMPL", "auto") if impl == "auto" else impl
+    if wanted not in IMPLS:
+        raise ValueError(f"HALOS_IMPL must be one of {', '.join(map(repr, IMPLS))}, got {wanted!r}")
+    if wanted == "eager":
+        return False
+    reason = unsupported or obstacle(device)
+    if wanted == "triton" and reason:
+        raise ValueError(f"impl='triton' cannot serve this call: {reason}")
+    if wanted == "triton" or not (reason or interpreting()):
+        return True
+    if impl == "auto":
+        _tell(f"eager ({reason or 'in the interpreter Triton is slow: only when asked for'})")
+    return False
 
 
 def forward_multi(impl: str, calls: Sequence[Inputs], *, entropy: bool) -> list[LogpOut]:
@@ -149,7 +168,7 @@ def tile(kernel: str, arch: str) -> dict[str, int]:
 @functools.cache
 def architecture(device: torch.device) -> str:
     """sm_90, gfx942, …, or "interpreter"."""
-    if device.type != "cuda":
+    if interpreting() or device.type != "cuda":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
@@ -170,13 +189,7 @@ def forced(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _unsupported(inputs: Inputs) -> str | None:
-    if inputs.dtype == torch.float64:
-        return "float64 is computed by impl='eager' only"
-    return None
-
-
 @functools.cache
 def _tell(path: str) -> None:
     """Once for each path in a process."""
-    _log.info("linear_logp: impl='auto' takes %s", path)
+    _log.info("impl='auto' takes %s", path)

@@ -57,7 +57,8 @@ def linear_logp(
         entropy: Whether to compute the entropies.
         impl: "triton", "eager" (PyTorch operators), or "auto": Triton on a GPU, eager on the CPU and for float64. Which
             it took is logged once, at level INFO of the logger `halos_kernels`. On the CPU "triton" needs the
-            interpreter: TRITON_INTERPRET=1 in the environment before Triton is imported.
+            interpreter: TRITON_INTERPRET=1 in the environment before Triton is imported. HALOS_IMPL in the environment
+            stands for "auto".
 
     Returns:
         `logp`, `lse` and `entropy` [N] in nats: float64 if any of hidden, weight, bias is, else float32.

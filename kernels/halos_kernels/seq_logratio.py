@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from halos_kernels.dispatch import IMPLS, obstacle
+from halos_kernels.dispatch import IMPLS, use_triton
 from halos_kernels.inputs import require_values
 
 
@@ -63,10 +63,7 @@ def sums(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor, impl: str) -
         (cu_seqlens[0] == 0) & (cu_seqlens[-1] == count) & (cu_seqlens.diff() >= 0).all(),
         lambda: f"cu_seqlens must rise from 0 to logp's length {count}, got {cu_seqlens.tolist()}",
     )
-    reason = obstacle(logp.device)
-    if impl == "triton" and reason:
-        raise ValueError(f"impl='triton' cannot serve this call: {reason}")
-    if impl == "triton" or (impl == "auto" and logp.is_cuda and not reason):
+    if use_triton(impl, logp.device):
         from halos_kernels import sequences
 
         with torch.cuda.device(logp.device) if logp.is_cuda else nullcontext():

@@ -71,7 +71,7 @@ def dlogits(
     size = min(vocabulary, block["BLOCK_N"] * triton.cdiv(width(inputs), block["BLOCK_N"]))  # whole tiles
     buffer = inputs.hidden.new_empty(rows, size, dtype=inputs.operand)
     g = torch.zeros_like(lse) if grad_logp is None else grad_logp
-    h, w, descriptors = _operands(inputs, block)
+    [(h, w)], descriptors = _operands([inputs], block)
     for start in range(0, vocabulary, size):
         columns = slice(start, min(start + size, vocabulary))
         du = buffer[:, : columns.stop - start]
@@ -141,8 +141,8 @@ def _statistics(
     """Fill the partials of these splits; `store` takes the exponentials and each tile's peak."""
     first, last = heads[0], heads[-1]
     (rows, d), vocabulary = first.hidden.shape, first.weight.shape[0]
-    h0, w0, descriptors = _operands(first, block)
-    h1, w1, _ = _operands(last, block) if len(heads) > 1 else (h0, w0, None)
+    operands, descriptors = _operands(heads, block)
+    (h0, w0), (h1, w1) = operands[0], operands[-1]
     e, tile_peak = store or (partials.peak, partials.peak)
     statistics_kernel[(triton.cdiv(rows, block["BLOCK_M"]) * len(splits), len(heads))](
         h0,
@@ -189,13 +189,17 @@ def _splits(inputs: Inputs, block: dict[str, int]) -> int:
     return triton.cdiv(triton.cdiv(inputs.weight.shape[0], block["BLOCK_N"]), block["TILES"])
 
 
-def _operands(inputs: Inputs, block: dict[str, int]) -> tuple[Any, Any, bool]:
-    """Hidden and weight as tensor descriptors, where the device copies by them and rows are aligned to 16 bytes."""
-    hidden, weight = inputs.hidden, inputs.weight
+def _operands(heads: list[Inputs], block: dict[str, int]) -> tuple[list[tuple[Any, Any]], bool]:
+    """Hidden and weight of each head: as tensor descriptors, where the device copies by them and all rows are aligned
+    to 16 bytes; and whether they are."""
+    matrices = [x for head in heads for x in (head.hidden, head.weight)]
     aligned = all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) for x in (hidden, weight)
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) > 0 for x in matrices
     )
-    if not aligned or architecture(hidden.device) not in DESCRIPTORS:
-        return hidden, weight, False
-    h = TensorDescriptor.from_tensor(hidden, [block["BLOCK_M"], block["BLOCK_D"]])
-    return h, TensorDescriptor.from_tensor(weight, [block["BLOCK_N"], block["BLOCK_D"]]), True
+    if not aligned or architecture(matrices[0].device) not in DESCRIPTORS:
+        return [(head.hidden, head.weight) for head in heads], False
+
+    def copied(x: Tensor, rows: str) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(x, [block[rows], block["BLOCK_D"]])
+
+    return [(copied(head.hidden, "BLOCK_M"), copied(head.weight, "BLOCK_N")) for head in heads], True

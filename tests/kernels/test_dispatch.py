@@ -37,11 +37,27 @@ def test_eager_is_the_default_on_the_cpu_and_says_so_once():
     done = run(CALL.format(impls=["auto", "auto", "eager"]))
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        "halos_kernels: linear_logp: impl='auto' takes eager (on the CPU it needs Triton's interpreter "
+        "halos_kernels: impl='auto' takes eager (on the CPU it needs Triton's interpreter "
         "(TRITON_INTERPRET=1 at the start))"
     ]
     done = run(CALL.format(impls=["auto"]), TRITON_INTERPRET="1")
-    assert done.stderr.splitlines() == ["halos_kernels: linear_logp: impl='auto' takes eager (on the CPU)"]
+    assert done.stderr.splitlines() == [
+        "halos_kernels: impl='auto' takes eager (in the interpreter Triton is slow: only when asked for)"
+    ]
+
+
+def test_the_environment_stands_for_auto(monkeypatch):
+    if not dispatch.interpreting():
+        pytest.skip("in the interpreter")
+    monkeypatch.setenv("HALOS_IMPL", "triton")
+    assert dispatch.implementation("auto", inputs()) is tiled
+    assert dispatch.implementation("eager", inputs()) is eager
+    monkeypatch.setenv("HALOS_IMPL", "eager")
+    assert dispatch.implementation("auto", inputs()) is eager
+    assert dispatch.implementation("triton", inputs()) is tiled
+    monkeypatch.setenv("HALOS_IMPL", "cuda")
+    with pytest.raises(ValueError, match="HALOS_IMPL must be one of 'auto', 'triton', 'eager', got 'cuda'"):
+        dispatch.implementation("auto", inputs())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")

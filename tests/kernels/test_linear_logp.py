@@ -220,6 +220,11 @@ def test_a_frozen_weight_gives_the_same_values_and_the_true_gradient(shape, name
     torch.testing.assert_close(out.logp, truth, rtol=1e-10, atol=1e-10)
     got, want = (torch.autograd.grad(x @ upstream, hidden)[0] for x in (out.logp, truth))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    with_entropy = linear_logp(hidden, weight, targets, entropy=True, **options)
+    assert torch.equal(with_entropy.logp, out.logp)
+    true_entropy = naive(hidden, weight, targets, **options)[2]
+    got, want = (torch.autograd.grad(x @ upstream, hidden)[0] for x in (with_entropy.entropy, true_entropy))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_a_frozen_weight_costs_two_products(monkeypatch):

@@ -29,9 +29,11 @@ def strategy(request):
         yield request.param
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setitem(LIMITS, "cpu", Limits(workspace=40_000, columns=1, rows=40, parts=4))
+@pytest.fixture(params=["small chunks and blocks of rows", "one chunk of several tiles"])
+def chunks(request, monkeypatch):
+    small = Limits(workspace=40_000, columns=1, rows=40, parts=4)
+    one = Limits(workspace=1 << 20, columns=1, rows=1000, parts=1)
+    monkeypatch.setitem(LIMITS, "cpu", small if request.param.startswith("small") else one)
 
 
 def make(n: int, v: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,29 +95,29 @@ def check(n, v, d, dtype, options, *, entropy: bool, frozen: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["trainable", "entropy", "frozen"])
+@pytest.mark.parametrize("kind", ["trainable", "entropy", "frozen", "frozen, entropy"])
 def test_outputs_and_gradients(shape, dtype, kind):
-    check(*shape, dtype, {}, entropy=kind == "entropy", frozen=kind == "frozen")
+    check(*shape, dtype, {}, entropy="entropy" in kind, frozen="frozen" in kind)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("kind", ["trainable", "entropy", "frozen"])
-def test_every_option_over_several_chunks(name, dtype, kind):
-    check(70, 515, 33, dtype, OPTIONS[name], entropy=kind == "entropy", frozen=kind == "frozen")
+@pytest.mark.parametrize("kind", ["trainable", "entropy", "frozen", "frozen, entropy"])
+def test_every_option(name, dtype, kind):
+    check(70, 515, 33, dtype, OPTIONS[name], entropy="entropy" in kind, frozen="frozen" in kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("kind", ["trainable", "entropy", "frozen"])
+@pytest.mark.parametrize("kind", ["trainable", "entropy", "frozen", "frozen, entropy"])
 def test_every_option_at_every_shape(shape, name, dtype, kind):
-    check(*shape, dtype, OPTIONS[name], entropy=kind == "entropy", frozen=kind == "frozen")
+    check(*shape, dtype, OPTIONS[name], entropy="entropy" in kind, frozen="frozen" in kind)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("softcap", [None, 9.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_pass_over_the_same_rows_gives_the_same_bits(dtype, softcap):
@@ -125,13 +127,13 @@ def test_every_pass_over_the_same_rows_gives_the_same_bits(dtype, softcap):
     entropy = linear_logp(hidden, weight, targets, softcap=softcap, entropy=True, impl="triton")
     with torch.no_grad():
         plain = linear_logp(hidden, weight, targets, softcap=softcap, impl="triton")
-    heads = [Head(hidden, weight, softcap=softcap), Head(hidden * 2, weight, softcap=softcap)]
+    heads = [Head(hidden, weight, softcap=softcap), Head(hidden * 2, weight.flip(0), softcap=softcap)]
     pair = linear_logp_multi([*heads, heads[0]], targets, impl="triton")
     for other in (trainable, frozen, entropy, pair[0], pair[2]):
         assert torch.equal(other.logp, plain.logp)
         assert torch.equal(other.lse, plain.lse)
     with torch.no_grad():
-        second = linear_logp(hidden * 2, weight, targets, softcap=softcap, impl="triton")
+        second = linear_logp(hidden * 2, weight.flip(0), targets, softcap=softcap, impl="triton")
     assert torch.equal(pair[1].logp, second.logp)
     assert not torch.equal(pair[1].logp, plain.logp)
     ratio = seq_logratio(trainable.logp, pair[0].logp, torch.tensor([0, 9, 9, 70]), impl="triton")
@@ -147,12 +149,13 @@ def test_two_heads_of_the_tiled_strategy_share_a_launch(strategy, monkeypatch):
     monkeypatch.setattr(
         tiled, "_statistics", lambda heads, *a, **k: launches.append(len(heads)) or real(heads, *a, **k)
     )
-    same, other = Head(hidden, weight), Head(hidden, weight, temperature=2.0)
-    outs = linear_logp_multi([same, same, other], targets, entropy=True, impl="triton")
-    assert launches == ([2, 1] if strategy == "tiled" else [])
-    for out, options in zip(outs, ({}, {}, {"temperature": 2.0}), strict=True):
+    bias = torch.linspace(-1, 2, 257)
+    options = [{"bias": bias}, {"bias": bias.flip(0)}, {"bias": bias, "temperature": 2.0}, {}]
+    outs = linear_logp_multi([Head(hidden, weight, **x) for x in options], targets, entropy=True, impl="triton")
+    assert launches == ([2, 1, 1] if strategy == "tiled" else []), "the third and fourth have nothing alike"
+    for out, own in zip(outs, options, strict=True):
         with torch.no_grad():
-            alone = linear_logp(hidden, weight, targets, entropy=True, impl="triton", **options)
+            alone = linear_logp(hidden, weight, targets, entropy=True, impl="triton", **own)
         assert all(map(torch.equal, out, alone))
 
 
@@ -262,12 +265,13 @@ def test_descriptors_give_the_bits_of_pointers(strategy, monkeypatch):
     runs = []
     for there in (False, True):
         monkeypatch.setattr(tiled, "DESCRIPTORS", ("interpreter",) if there else ())
-        assert tiled._operands(_inputs(hidden, weight, targets), dispatch.tile("forward", "interpreter"))[2] is there
+        assert tiled._operands([_inputs(hidden, weight, targets)], dispatch.tile("forward", "interpreter"))[1] is there
         out = linear_logp(hidden, weight, targets, impl="triton")
         runs.append((*out[:2], *torch.autograd.grad(out.logp.sum(), (hidden, weight))))
     assert all(map(torch.equal, *runs))
     odd = torch.randn(4, 9, dtype=torch.bfloat16)  # rows of 18 bytes
-    assert not tiled._operands(_inputs(odd, odd, targets[:4]), dispatch.tile("forward", "interpreter"))[2]
+    heads = [_inputs(hidden, weight, targets), _inputs(odd, odd, targets[:4])]
+    assert not tiled._operands(heads, dispatch.tile("forward", "interpreter"))[1], "pointers for both, or none"
 
 
 def _inputs(hidden, weight, targets):

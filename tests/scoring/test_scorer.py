@@ -102,6 +102,22 @@ def test_float32(name: str) -> None:
     torch.testing.assert_close(Scorer(lm)(rows).logp, own_logps(lm), atol=2e-5, rtol=0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter")
+@pytest.mark.parametrize("name", ["llama, tied", "gemma2", "phi", "cohere"])
+def test_triton_scores_and_trains_as_eager_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, rows = build(name, "float32"), make_rows()
+    weights = torch.linspace(-1, 2, rows.num_scored)
+    runs = []
+    for impl in ("eager", "triton"):
+        monkeypatch.setenv("HALOS_IMPL", impl)
+        policy, reference = score_both(Scorer(lm), Scorer(lm), rows)
+        with torch.no_grad():
+            both = score_both(Scorer(lm), Scorer(lm), rows)
+        assert all(torch.equal(x.logp, policy.logp) for x in (reference, *both)), "log-ratios of a model with itself"
+        runs.append((policy.logp.detach(), parameters_grad(lm, policy.logp @ weights)))
+    torch.testing.assert_close(*runs, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2"])
 def test_padding_changes_nothing(name: str) -> None:
     scorer = Scorer(build(name))
