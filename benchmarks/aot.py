@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from halos_kernels.dispatch import DESCRIPTORS, table
+from halos_kernels.dispatch import DESCRIPTORS, tile
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +36,7 @@ from rich.table import Table
 KERNELS = {
     "statistics": "tiled.statistics_kernel",
     "dlogits": "tiled.dlogits_kernel",
-    "lower": "tiled.lower_kernel",
+    "rescale": "tiled.rescale_kernel",
     "fold": "chunked.fold_kernel",
     "chunk_dlogits": "chunked.dlogits_kernel",
     "merge": "merge.merge_kernel",
@@ -82,14 +82,14 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (  # kernel, option
     ("dlogits", "bias", "dlogits", {**ALIGNED, **BIAS}),
     ("dlogits", "all, entropy", "dlogits_full", {**ALIGNED, **FULL}),
     ("dlogits", "pointers", "dlogits", {**PLAIN, **RAGGED}),
-    ("lower", "", "lower", {}),
+    ("rescale", "", "rescale", {}),
     ("fold", "plain", "fold", {**PLAIN, "STORE": False}),
     ("fold", "all, entropy", "fold", {**FULL, "STORE": False}),
     ("fold", "store", "fold", {**CAPPED, "STORE": True}),
     ("chunk_dlogits", "plain", "chunk_dlogits", PLAIN),
     ("chunk_dlogits", "all, entropy", "chunk_dlogits", FULL),
     ("sums", "", "sums", {"HAS_REF": True}),
-    ("merge", "", "", {"ENTROPY": True, "BLOCK": 128}),
+    ("merge", "", "merge", {"ENTROPY": True}),
 )
 
 
@@ -136,20 +136,19 @@ class Result:
 def jobs(targets: list[str], kernels: list[str], shared_kib: int | None = None) -> Iterator[Job]:
     """Every variant with the tile that the table gives each target."""
     for target in targets:
-        tiles = table()["tiles"][target]
         for kernel, variant, name, constants in VARIANTS:
             if kernel not in kernels or (variant == "pointers" and target not in DESCRIPTORS):
                 continue
             constants = {"INTERPRETED": False, "DESCRIPTORS": target in DESCRIPTORS, **constants}
-            tile = dict(tiles[name]) if name else {}
-            if kernel == "lower":  # over the columns of the forward's tile
-                tile["BLOCK_N"] = tiles["forward"]["BLOCK_N"]
-            options = {key: tile.pop(key) for key in ("num_warps", "num_stages") if key in tile}
+            sizes = tile(name, target)
+            if kernel == "rescale":  # over the columns of the forward's tile
+                sizes["BLOCK_N"] = tile("forward", target)["BLOCK_N"]
+            options = {key: sizes.pop(key) for key in ("num_warps", "num_stages") if key in sizes}
             allowed = {
                 "spilled": SPILLED.get((target, kernel, variant), 0),
                 "shared": (SHARED_KIB[target] if shared_kib is None else shared_kib) << 10,
             }
-            yield Job(target, kernel, variant, {**constants, **tile}, options, allowed)
+            yield Job(target, kernel, variant, {**constants, **sizes}, options, allowed)
 
 
 def compile_job(job: Job) -> Result:
@@ -255,7 +254,7 @@ def show(results: list[Result]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    known = [name for name in table()["tiles"] if name != "interpreter"]
+    known = list(SHARED_KIB)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.aot",
         description="Compile every kernel ahead of time, without a GPU. Exit code 1: one spills, takes more shared "

@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from halos_kernels import linear_logp
+from halos_kernels.dispatch import forced
 from torch import Tensor
 
 from benchmarks.kernel_problem import Logp, Problem, Result
@@ -70,19 +71,7 @@ def _naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _load_ours(impl: str) -> Logp:
-    from halos_kernels import linear_logp
-
     return lambda hidden, weight, targets: linear_logp(hidden, weight, targets, impl=impl).logp
-
-
-def _load_forced() -> Logp:
-    if find_spec("halos_kernels.dispatch") is None:
-        raise Cannot("this version of halos_kernels has no Triton kernels")
-    return _load_ours("triton")
-
-
-def _forced(strategy: str) -> AbstractContextManager[Any]:
-    return import_module("halos_kernels.dispatch").forced(strategy)
 
 
 def _load_torch() -> Logp:
@@ -115,8 +104,8 @@ def _load_cce() -> Logp:
 PEERS = {
     "naive": Peer(lambda: _naive),
     "ours": Peer(partial(_load_ours, "auto")),
-    "ours-tiled": Peer(_load_forced, cuda=True, around=partial(_forced, "tiled")),
-    "ours-chunked": Peer(_load_forced, cuda=True, around=partial(_forced, "chunked")),
+    "ours-tiled": Peer(partial(_load_ours, "triton"), cuda=True, around=partial(forced, "tiled")),
+    "ours-chunked": Peer(partial(_load_ours, "triton"), cuda=True, around=partial(forced, "chunked")),
     "ours-eager": Peer(partial(_load_ours, "eager"), cuda=True),  # without a GPU it is what "ours" is
     "torch": Peer(_load_torch),
     "trl": Peer(_load_trl),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -67,12 +66,9 @@ class Allocations(TorchDispatchMode):
         return out
 
     def inside(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        from halos_kernels import ops, seq_logratio
+        from halos_kernels import ops
 
-        name = func.__name__.partition(".")[0]
-        operator = (
-            importlib.import_module(seq_logratio.__module__).sums if name == "seq_logratio" else getattr(ops, name)
-        )
+        operator = getattr(ops, func.__name__.partition(".")[0])
         with self:
             return operator._init_fn(*args, **kwargs)
 

@@ -160,7 +160,7 @@ def scoring_speed(device: str) -> dict[str, float | int] | None:
         "tokens": TOKENS,
         "vocabulary": VOCABULARY,
         "logits_not_held_mib": logits // MIB,
-        "chunk_mib": min(limits(weight.device).workspace, logits // 16) // MIB,
+        "chunk_mib": min((limit := limits(weight.device)).workspace, logits // limit.parts) // MIB,
     }
 
 

@@ -34,14 +34,17 @@ class Scorer(nn.Module):
     ) -> LogpOut | T:
         """Log-probability [N] of every scored token, in nats (and the entropy [N] of its distribution).
 
-        With `then`: what that returns, called with hidden states [N, d] and head while the weights are whole.
+        With `then`: what that returns, called with hidden states [N, d] and head while the weights are whole. It asks
+        for the entropies itself: both together raise ValueError.
         """
+        if then is not None and entropy:
+            raise ValueError("entropy is of the log-probabilities, which `then` replaces")
         body = backbone(self.lm)
         hidden = [body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in rows.blocks]
         predicting = (hidden[0] if len(hidden) == 1 else torch.cat(hidden)).index_select(0, rows.predictors)
         own = find_head(self.lm)
         if then is not None:
-            return then(Head(predicting, own.weight, own.bias, own.scale, own.softcap))
+            return then(Head(predicting, own.weight, bias=own.bias, logit_scale=own.scale, softcap=own.softcap))
         return linear_logp(
             predicting,
             own.weight,
@@ -56,7 +59,7 @@ class Scorer(nn.Module):
 def score_both(policy: Scorer, reference: Scorer, rows: Sequences, *, entropy: bool = False) -> tuple[LogpOut, LogpOut]:
     """Policy and reference on the same rows; only the policy's part carries a gradient.
 
-    Where gradients are off, both heads go in one launch, inside both forwards.
+    Where gradients are off, both heads go in one launch, inside both forwards, and `entropy` is of both.
     """
     if torch.is_grad_enabled():
         with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halos_kernels import eager
 from halos_kernels.chunks import Chunk
-from halos_kernels.inputs import Inputs, LogpOut
+from halos_kernels.inputs import Inputs, LogpOut, Upstream
 
 IMPLS = ("auto", "triton", "eager")
 STRATEGIES = ("tiled", "chunked")
@@ -35,14 +35,12 @@ class Implementation(Protocol):
 
     def forward_frozen(self, inputs: Inputs) -> tuple[Tensor, ...]: ...
 
-    def dlogits(
-        self,
-        inputs: Inputs,
-        lse: Tensor,
-        entropy: Tensor | None,
-        grad_logp: Tensor | None,
-        grad_entropy: Tensor | None,
-    ) -> Iterator[Chunk]: ...
+    def dlogits(self, inputs: Inputs, upstream: Upstream) -> Iterator[Chunk]: ...
+
+
+def check_impl(impl: str, name: str = "impl") -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
 
 
 def implementation(impl: str, inputs: Inputs) -> Implementation:
@@ -52,7 +50,7 @@ def implementation(impl: str, inputs: Inputs) -> Implementation:
         ValueError: `impl="triton"` for a call that Triton cannot serve here, with the reason.
     """
     unsupported = "float64 is computed by impl='eager' only" if inputs.dtype == torch.float64 else None
-    if not use_triton(impl, inputs.hidden.device, unsupported):
+    if not use_triton(impl, inputs.hidden.device, unsupported) or inputs.hidden.shape[0] == 0:  # nothing to launch
         return eager
     from halos_kernels import chunked, tiled
 
@@ -63,8 +61,6 @@ def implementation(impl: str, inputs: Inputs) -> Implementation:
         name = "chunked"
     if impl == "auto":
         _tell(f"Triton, {name}")
-    if inputs.hidden.shape[0] == 0:  # nothing to launch
-        return eager
     return tiled if name == "tiled" else chunked
 
 
@@ -76,14 +72,15 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None = None) 
     Raises:
         ValueError: "triton" where it cannot, with the reason; HALOS_IMPL is none of `IMPLS`.
     """
-    wanted = os.environ.get("HALOS_IMPL", "auto") if impl == "auto" else impl
-    if wanted not in IMPLS:
-        raise ValueError(f"HALOS_IMPL must be one of {', '.join(map(repr, IMPLS))}, got {wanted!r}")
+    wanted, name = impl, "impl"
+    if impl == "auto" and "HALOS_IMPL" in os.environ:
+        wanted, name = os.environ["HALOS_IMPL"], "HALOS_IMPL"
+        check_impl(wanted, name)
     if wanted == "eager":
         return False
     reason = unsupported or obstacle(device)
     if wanted == "triton" and reason:
-        raise ValueError(f"impl='triton' cannot serve this call: {reason}")
+        raise ValueError(f"{name}='triton' cannot serve this call: {reason}")
     if wanted == "triton" or not (reason or interpreting()):
         return True
     if impl == "auto":
@@ -106,7 +103,7 @@ def forward_multi(impl: str, calls: Sequence[Inputs], *, entropy: bool) -> list[
 
 
 def alike(first: Inputs, second: Inputs) -> bool:
-    """Whether one compiled kernel fits both: shapes, dtypes, strides and transform."""
+    """Whether one launch can take both: shapes, dtypes, strides and transform."""
 
     def signature(inputs: Inputs) -> tuple[Any, ...]:
         tensors = (inputs.hidden, inputs.weight, inputs.bias)
@@ -117,10 +114,18 @@ def alike(first: Inputs, second: Inputs) -> bool:
 
 def obstacle(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on this device; None where they can."""
+    if device.type not in ("cpu", "cuda"):
+        return f"there are no kernels for {device.type}"
+    if broken := _import_error():
+        return broken
+    if interpreting():
+        return None
     if device.type == "cpu":
-        asked = "on the CPU it needs Triton's interpreter (TRITON_INTERPRET=1 at the start)"
-        return _import_error() or (None if interpreting() else asked)
-    return _import_error() if device.type == "cuda" else f"no kernels for {device.type}"
+        return "no GPU is in use (on the CPU Triton needs its interpreter: TRITON_INTERPRET=1 from the start)"
+    name = architecture(device)
+    if name.startswith("sm_") and int(name[3:]) < 80:
+        return f"the kernels need compute capability 8.0, this GPU has {name[3:-1]}.{name[-1]}"
+    return None
 
 
 @functools.cache
@@ -141,14 +146,13 @@ def interpreting() -> bool:
 
 
 def strategy(arch: str, inputs: Inputs) -> str:
-    """The first row of the table that fits."""
+    """The first row of the table that fits architecture, bits of the operands, and the spans of N, V and d."""
     (rows, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
-    bits = str(8 * inputs.operand.itemsize)
+    call = {"arch": arch, "bits": 8 * inputs.operand.itemsize}
+    sizes = {"N": rows, "V": vocabulary, "d": d}
     for row in table()["strategies"]:
-        spans = ((row.get(name), value) for name, value in (("N", rows), ("V", vocabulary), ("d", d)))
-        if row.get("arch", arch) != arch or row.get("bits", bits) != bits:
-            continue
-        if all(span is None or span[0] <= value <= span[1] for span, value in spans):
+        same = all(row.get(name, value) == value for name, value in call.items())
+        if same and all(row[name][0] <= value <= row[name][1] for name, value in sizes.items() if name in row):
             return str(row["strategy"])
     raise AssertionError("the table's last row fits every call")
 
@@ -160,9 +164,10 @@ def table() -> dict[str, Any]:
 
 
 def tile(kernel: str, arch: str) -> dict[str, int]:
-    """Block sizes, warps and pipeline stages of a kernel; for a GPU without tiles the smallest, which fit anywhere."""
+    """Block sizes, warps and pipeline stages of a kernel. A GPU without tiles of its own takes its maker's smallest."""
     tiles = table()["tiles"]
-    return dict(tiles.get(arch, tiles["sm_80" if arch.startswith("sm_") else "gfx942"])[kernel])
+    own = tiles.get(arch, tiles["sm_80" if arch.startswith("sm_") else "gfx942"])
+    return dict(own[kernel] if kernel in own else tiles["any"][kernel])
 
 
 @functools.cache

@@ -24,8 +24,17 @@ class LogpOut(NamedTuple):
     entropy: Tensor | None  # [N] of the next-token distribution, where asked for
 
 
+class Upstream(NamedTuple):
+    """What the backward pass knows of each token: outputs, and their gradients. All [N], contiguous."""
+
+    lse: Tensor
+    logp: Tensor  # gradient of logp; zeros where nothing depends on it
+    entropies: Tensor  # the outputs, or lse again where `entropy` is None: a kernel wants some pointer
+    entropy: Tensor | None  # gradient of the entropies
+
+
 class Transform(NamedTuple):
-    """From a product u = hidden · weight + bias to a logit: u·inner, or outer·tanh(u·inner) where logits are capped."""
+    """From u = hidden · weight + bias to a logit z: u·inner, or outer·tanh(u·inner) where logits are capped."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -41,7 +50,7 @@ class Transform(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """dz/du where no logit is capped; times 1 − tanh² elsewhere."""
+        """∂z/∂u, but for the factor 1 − tanh² of a cap."""
         return self.scale / self.temperature
 
 

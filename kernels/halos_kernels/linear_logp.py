@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halos_kernels import ops
-from halos_kernels.dispatch import IMPLS
+from halos_kernels.dispatch import check_impl
 from halos_kernels.inputs import LogpOut, Transform, check
 
 
@@ -27,8 +27,8 @@ def linear_logp(
 ) -> LogpOut:
     """Log-probability of each target under the output layer, from one chunk of the vocabulary after another.
 
-        u    = (hidden @ weight.T + bias) · logit_scale
-        z    = u / temperature,  or  softcap · tanh(u / softcap) / temperature
+        u    = hidden @ weight.T + bias
+        z    = logit_scale · u / temperature,  or  softcap · tanh(logit_scale · u / softcap) / temperature
         logp = z[target] − logsumexp(z)           entropy = logsumexp(z) − Σ softmax(z) · z
 
     Logits are never rounded below float32: half-precision inputs are multiplied into float32 sums that stay float32,
@@ -40,9 +40,11 @@ def linear_logp(
     none. The backward recomputes the logits and forms ∂logp/∂z = 1[target] − softmax(z) chunk by chunk, so what is
     saved is the inputs, `lse` and `entropy`. The gradient of `hidden` is summed in float32; that of `weight` is written
     once, in the weight's dtype. On CUDA with both in one half-precision dtype, the logits' gradient is rounded to that
-    dtype before these two products. Where weight and bias need no gradient (LoRA) and no entropy is asked for,
-    ∂logp/∂hidden = weight[target] − E_p[weight] is formed in the forward and is what is saved: two matrix products
-    instead of three, and a backward that scales rows. Hidden states that are not finite give values that are not.
+    dtype before these two products (in float16 what is below 6e-8 becomes 0: scale the loss).
+
+    Where weight and bias need no gradient (LoRA) and no entropy is asked for, ∂logp/∂hidden = weight[target] −
+    E_p[weight] is formed in the forward and is what is saved: two matrix products instead of three, and a backward that
+    scales rows. Hidden states that are not finite give values that are not.
 
     Under `torch.compile` this is one operator, `torch.ops.halos_kernels.linear_logp`, without a graph break.
 
@@ -50,7 +52,7 @@ def linear_logp(
         hidden: [N, d] hidden states, each the predictor of one target.
         weight: [V, d] rows of the output layer. Unsharded: a DTensor is refused.
         targets: [N] integers in [0, V).
-        bias: [V], -inf where a token is forbidden.
+        bias: [V], -inf where a token is forbidden (with a softcap it only gets the smallest logit).
         logit_scale: Multiplies the logits, bias included.
         softcap: Bound of the logits' magnitude, > 0.
         temperature: > 0; applied last.
@@ -80,8 +82,8 @@ def linear_logp(
         torch.Size([3, 8])
     """
     check(hidden, weight, targets, bias, Transform(logit_scale, softcap, temperature))
-    _check_impl(impl)
-    inputs = (hidden, weight, bias, targets.long(), float(logit_scale), softcap, float(temperature))
+    check_impl(impl)
+    inputs = (hidden, weight, bias, targets.long(), float(logit_scale), softcap and float(softcap), float(temperature))
     learnt = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and hidden.requires_grad and not learnt and not entropy:
         logp, lse, _ = ops.linear_logp_frozen(*inputs, impl)
@@ -90,7 +92,7 @@ def linear_logp(
     return LogpOut(logp, lse, entropies if entropy else None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head:
     """One output layer over its own hidden states; arguments as of `linear_logp`."""
 
@@ -132,7 +134,7 @@ def linear_logp_multi(
     """
     if not heads:
         raise ValueError("heads must hold at least one Head, got none")
-    _check_impl(impl)
+    check_impl(impl)
     for i, head in enumerate(heads):
         try:
             transform = Transform(head.logit_scale, head.softcap, head.temperature)
@@ -154,8 +156,3 @@ def linear_logp_multi(
     each = 3 if entropy else 2
     outs = (found[i : i + each] for i in range(0, len(found), each))
     return [LogpOut(logp, lse, rest[0] if rest else None) for logp, lse, *rest in outs]
-
-
-def _check_impl(impl: str) -> None:
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")

@@ -1,4 +1,4 @@
-"""The custom operators behind `linear_logp`: what autograd, `torch.compile` and fake tensors see.
+"""The custom operators behind the public functions: what autograd, `torch.compile` and fake tensors see.
 
 Each takes `impl` as the caller gave it and resolves it when it runs, so that nothing about the machine is traced.
 An absent entropy or gradient is a tensor of no elements: operators cannot return None.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from halos_kernels.chunks import gradients
-from halos_kernels.dispatch import forward_multi, implementation
-from halos_kernels.inputs import Inputs, Transform, check_targets
+from halos_kernels.dispatch import forward_multi, implementation, use_triton
+from halos_kernels.inputs import Inputs, Transform, Upstream, check_targets, require_values
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -33,6 +33,7 @@ def linear_logp(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp, lse and entropy [N] (or [0])."""
+    check_targets(targets, weight.shape[0])
     inputs = _inputs(hidden, weight, bias, targets, scale, softcap, temperature)
     with _computing(hidden):
         out = implementation(impl, inputs).forward(inputs, entropy=entropy)
@@ -62,17 +63,16 @@ def linear_logp_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias (or [0] where not needed)."""
-    inputs = _inputs(hidden, weight, bias, targets, scale, softcap, temperature, checked=True)
-    if not entropy.numel():
-        grad_entropy = None  # or nothing, expanded
+    inputs = _inputs(hidden, weight, bias, targets, scale, softcap, temperature)
+    lse = lse.contiguous()
+    upstream = Upstream(
+        lse,
+        torch.zeros_like(lse) if grad_logp is None else grad_logp.contiguous(),  # a sum's is one number, expanded
+        entropy.contiguous() if entropy.numel() else lse,
+        grad_entropy.contiguous() if grad_entropy is not None and entropy.numel() else None,
+    )
     with _computing(hidden):
-        chunks = implementation(impl, inputs).dlogits(
-            inputs,
-            lse.contiguous(),
-            entropy.contiguous() if entropy.numel() else None,
-            None if grad_logp is None else grad_logp.contiguous(),  # that of a sum is one number, expanded
-            None if grad_entropy is None else grad_entropy.contiguous(),
-        )
+        chunks = implementation(impl, inputs).dlogits(inputs, upstream)
         found = gradients(inputs, chunks, (needed[0], needed[1], needed[2]))
     first, second, third = (hidden.new_empty(0) if x is None else x for x in found)
     return first, second, third
@@ -120,6 +120,7 @@ def linear_logp_frozen(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp and lse [N], and ∂logp/∂hidden [N, d]: the weight and bias get no gradient."""
+    check_targets(targets, weight.shape[0])
     inputs = _inputs(hidden, weight, bias, targets, scale, softcap, temperature)
     with _computing(hidden):
         logp, lse, pull = implementation(impl, inputs).forward_frozen(inputs)
@@ -172,6 +173,8 @@ def linear_logp_multi(
 ) -> list[Tensor]:
     """logp, lse and, if asked for, entropy [N] of one head after another. A softcap of 0 is none."""
     rest = zip(hiddens, weights, biases, scales, softcaps, temperatures, strict=True)
+    for weight in weights:
+        check_targets(targets, weight.shape[0])
     calls = [_inputs(h, w, b, targets, scale, softcap or None, t) for h, w, b, scale, softcap, t in rest]
     with _computing(targets):
         outs = forward_multi(impl, calls, entropy=entropy)
@@ -184,6 +187,67 @@ def _(hiddens, weights, biases, targets, scales, softcaps, temperatures, entropy
     return [torch.empty_like(logp) for logp in (_empty_logp(*head) for head in heads) for _ in range(2 + entropy)]
 
 
+@torch.library.custom_op("halos_kernels::seq_logratio", mutates_args=())
+def seq_logratio(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ (logp − ref), Σ logp and Σ ref [B] of each sequence; without a reference Σ logp twice, and [0]."""
+    count = logp.shape[0]
+    require_values(
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == count) & (cu_seqlens.diff() >= 0).all(),
+        lambda: f"cu_seqlens must rise from 0 to logp's length {count}, got {cu_seqlens.tolist()}",
+    )
+    if use_triton(impl, logp.device):
+        from halos_kernels import sequences
+
+        with _computing(logp):
+            return sequences.sums(logp, ref_logp, cu_seqlens)
+    lengths = cu_seqlens.long().diff()
+
+    def total(x: Tensor) -> Tensor:
+        return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True, initial=0.0).to(logp.dtype)
+
+    policy = logp.double()
+    if ref_logp is None:
+        found = total(policy)
+        return found, found.clone(), logp.new_empty(0)
+    reference = ref_logp.double()
+    return total(policy - reference), total(policy), total(reference)
+
+
+@seq_logratio.register_fake
+def _(logp, ref_logp, cu_seqlens, impl):  # type: ignore[no-untyped-def]
+    each = [logp.new_empty(cu_seqlens.shape[0] - 1) for _ in range(3)]
+    return each[0], each[1], logp.new_empty(0) if ref_logp is None else each[2]
+
+
+def _save_sequences(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logp, ref_logp, cu_seqlens, _ = inputs
+    ctx.set_materialize_grads(False)
+    if ref_logp is None or not ref_logp.requires_grad:
+        ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(cu_seqlens)
+    ctx.tokens, ctx.has_reference = logp.shape[0], ref_logp is not None
+
+
+def _backward_sequences(ctx: Any, *grads: Tensor | None) -> Gradients:
+    """Every token of a sequence gets the sequence's gradient."""
+    (cu_seqlens,) = ctx.saved_tensors
+    ratio, total, ref_total = grads
+
+    def spread(*parts: Tensor | None) -> Tensor | None:
+        known = [x for x in parts if x is not None]
+        if not known:
+            return None
+        return torch.repeat_interleave(sum(known[1:], known[0]), cu_seqlens.long().diff(), output_size=ctx.tokens)
+
+    ref = None
+    if ctx.has_reference and ctx.needs_input_grad[1]:
+        ref = spread(None if ratio is None else -ratio, ref_total)
+    return spread(ratio, total) if ctx.needs_input_grad[0] else None, ref, None, None
+
+
+seq_logratio.register_autograd(_backward_sequences, setup_context=_save_sequences)
+
+
 def _inputs(
     hidden: Tensor,
     weight: Tensor,
@@ -192,11 +256,7 @@ def _inputs(
     scale: float,
     softcap: float | None,
     temperature: float,
-    *,
-    checked: bool = False,
 ) -> Inputs:
-    if not checked:
-        check_targets(targets, weight.shape[0])
     vectors = (None if bias is None else bias.contiguous(), targets.contiguous())
     return Inputs(hidden, weight, *vectors, Transform(scale, softcap, temperature))
 

@@ -1,4 +1,4 @@
-"""Partial softmax statistics [3, S, N] in units of log 2, which merge into log-probabilities.
+"""Partial softmax statistics of rows, in units of log 2, which merge into log-probabilities.
 
 A partial is (peak, Σ 2^(z − peak), Σ 2^(z − peak)·(z − peak)) over some columns: of a vocabulary split, or of the
 chunks so far. (Or of those that one rank holds of a weight that is split over ranks: the same merge will serve.)
@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from halos_kernels.dispatch import architecture, tile
 from halos_kernels.inputs import Inputs, LogpOut, Transform
 from halos_kernels.jit.math import INTERPRET
 from halos_kernels.jit.merge import merge_kernel
@@ -21,17 +22,22 @@ LOG2E = 1.4426950408889634
 
 
 class Partials(NamedTuple):
+    """Of one head, or with a leading axis of several."""
+
     peak: Tensor  # [S, N]
     total: Tensor  # [S, N]
-    moment: Tensor  # [S, N], or [0] without entropy
+    moment: Tensor  # [S, N]; without entropy no elements
     target: Tensor  # [N] the target's logit; not a number where no column was the target
 
     @staticmethod
-    def start(splits: int, inputs: Inputs, *, entropy: bool) -> Partials:
+    def start(splits: int, inputs: Inputs, *, entropy: bool, heads: tuple[int, ...] = ()) -> Partials:
         rows, like = inputs.hidden.shape[0], inputs.hidden
-        peak = like.new_full((splits, rows), torch.finfo(torch.float32).min, dtype=torch.float32)
-        moment = torch.zeros_like(peak) if entropy else peak.new_empty(0)
-        return Partials(peak, torch.zeros_like(peak), moment, peak.new_full((rows,), math.nan))
+        peak = like.new_full((*heads, splits, rows), torch.finfo(torch.float32).min, dtype=torch.float32)
+        moment = torch.zeros_like(peak) if entropy else peak.new_empty((*heads, 0))
+        return Partials(peak, torch.zeros_like(peak), moment, peak.new_full((*heads, rows), math.nan))
+
+    def head(self, i: int) -> Partials:
+        return Partials(*(x[i] for x in self))
 
 
 def merge(partials: Partials) -> LogpOut:
@@ -40,7 +46,8 @@ def merge(partials: Partials) -> LogpOut:
     entropy = partials.moment.numel() > 0
     logp, lse = torch.empty_like(partials.target), torch.empty_like(partials.target)
     out = LogpOut(logp, lse, torch.empty_like(logp) if entropy else None)
-    merge_kernel[(triton.cdiv(rows, 128),)](
+    block = tile("merge", architecture(logp.device))
+    merge_kernel[(triton.cdiv(rows, block["BLOCK"]),)](
         *partials,
         logp,
         lse,
@@ -49,25 +56,20 @@ def merge(partials: Partials) -> LogpOut:
         splits,
         ENTROPY=entropy,
         INTERPRETED=INTERPRET,
-        BLOCK=128,
+        **block,
     )
     return out
+
+
+def at_target(partials: Partials, transform: Transform) -> tuple[Tensor, Tensor | None]:
+    """Σ exp(z − peak) [N] over all columns, relative to the largest peak; and 1 − tanh² at the target [N] if capped."""
+    total = (torch.exp2(partials.peak - partials.peak.amax(0)) * partials.total).sum(0)
+    if transform.softcap is None:
+        return total, None
+    return total, 1.0 - (partials.target / binary(transform)[1]).square()
 
 
 def binary(transform: Transform) -> tuple[float, float]:
     """`inner` and `outer` for logits in units of log 2."""
     capped = transform.softcap is not None
     return (transform.inner, transform.outer * LOG2E) if capped else (transform.inner * LOG2E, 1.0)
-
-
-def total(partials: Partials) -> Tensor:
-    """Σ exp(z − peak) [N] over all columns, relative to the largest peak."""
-    fall = torch.exp2(partials.peak - partials.peak.amax(0))
-    return (fall * partials.total).sum(0)
-
-
-def cap_slope(partials: Partials, transform: Transform) -> Tensor | None:
-    """1 − tanh² at the target [N]; None without a cap."""
-    if transform.softcap is None:
-        return None
-    return 1.0 - (partials.target / binary(transform)[1]).square()

@@ -10,7 +10,7 @@ from halos_kernels.jit.sequences import sums_kernel
 
 
 def sums(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `halos_kernels.seq_logratio.sums`."""
+    """As `halos_kernels.ops.seq_logratio`."""
     sequences = cu_seqlens.numel() - 1
     ratio, total, ref_total = (logp.new_empty(sequences) for _ in range(3))
     if sequences:

@@ -10,15 +10,15 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halos_kernels.chunks import Chunk, Weighted, by_rows, pull, weighted_sum, width
+from halos_kernels.chunks import Chunk, Exponentials, by_rows, dlogp_dhidden, weighted_sum, width
 from halos_kernels.dispatch import DESCRIPTORS, architecture, tile
-from halos_kernels.inputs import HALF, Inputs, LogpOut
+from halos_kernels.inputs import HALF, Inputs, LogpOut, Upstream
 from halos_kernels.jit.math import INTERPRET
-from halos_kernels.jit.tiled import dlogits_kernel, lower_kernel, statistics_kernel
-from halos_kernels.partials import Partials, binary, cap_slope, merge, total
+from halos_kernels.jit.tiled import dlogits_kernel, rescale_kernel, statistics_kernel
+from halos_kernels.partials import Partials, at_target, binary, merge
 
-FROZEN_ROWS = 4096  # of one block of the frozen forward, whose sums are float32 [rows, d]
-PROGRAMS = 264  # wanted at a time: two for each processor of the largest GPU here
+FROZEN_ROWS = 4096  # of one block of the frozen forward: many, since its programs run through few columns
+PROGRAMS = 264  # that one of its launches should have: two for each processor of an H100 or H200
 
 
 def serves(inputs: Inputs) -> bool:
@@ -29,48 +29,44 @@ def serves(inputs: Inputs) -> bool:
 
 
 def forward(inputs: Inputs, *, entropy: bool) -> LogpOut:
+    """As `halos_kernels.eager.forward`."""
     block = _forward_tile(inputs)
-    partials = Partials.start(_splits(inputs, block), inputs, entropy=entropy)
-    _statistics([inputs], partials, block, range(partials.peak.shape[0]), entropy=entropy)
+    splits = _splits(inputs, block)
+    partials = Partials.start(splits, inputs, entropy=entropy)
+    _statistics([inputs], partials, block, range(splits), entropy=entropy)
     return merge(partials)
 
 
 def forward_pair(first: Inputs, second: Inputs, *, entropy: bool) -> list[LogpOut]:
-    """Two heads on the same targets in one launch; values bitwise those of two calls."""
+    """Two alike heads on the same targets in one launch; values bitwise those of two calls."""
     block = _forward_tile(first)
-    splits, rows = _splits(first, block), first.hidden.shape[0]
-    both = Partials.start(2 * splits, first, entropy=entropy)._replace(
-        target=first.hidden.new_full((2 * rows,), float("nan"), dtype=torch.float32)
-    )
-    _statistics([first, second], both, block, range(splits), entropy=entropy)
-    outs = []
-    for i in range(2):
-        some, own = slice(i * splits, (i + 1) * splits), slice(i * rows, (i + 1) * rows)
-        moment = both.moment[some] if entropy else both.moment
-        outs.append(merge(Partials(both.peak[some], both.total[some], moment, both.target[own])))
-    return outs
+    splits = _splits(first, block)
+    partials = Partials.start(splits, first, entropy=entropy, heads=(2,))
+    _statistics([first, second], partials, block, range(splits), entropy=entropy)
+    return [merge(partials.head(i)) for i in range(2)]
 
 
 def forward_frozen(inputs: Inputs) -> tuple[Tensor, ...]:
+    """As `halos_kernels.eager.forward_frozen`."""
+
     def score(rows: Inputs) -> tuple[Tensor, ...]:
         block = _forward_tile(rows)
         partials = Partials.start(_splits(rows, block), rows, entropy=False)
         weighted = weighted_sum(rows, _exponentials(rows, partials, block))
         logp, lse, _ = merge(partials)
-        return logp, lse, pull(rows, weighted, total(partials), cap_slope(partials, rows.transform))
+        return logp, lse, dlogp_dhidden(rows, weighted, *at_target(partials, rows.transform))
 
     return by_rows(score, inputs, size=FROZEN_ROWS)
 
 
-def dlogits(
-    inputs: Inputs, lse: Tensor, entropy: Tensor | None, grad_logp: Tensor | None, grad_entropy: Tensor | None
-) -> Iterator[Chunk]:
-    plain = inputs.transform.softcap is None and grad_entropy is None
+def dlogits(inputs: Inputs, upstream: Upstream) -> Iterator[Chunk]:
+    """As `halos_kernels.eager.dlogits`."""
+    plain = inputs.transform.softcap is None and upstream.entropy is None
     block = _tile("dlogits" if plain else "dlogits_full", inputs)
     rows, (vocabulary, d) = inputs.hidden.shape[0], inputs.weight.shape
-    size = min(vocabulary, block["BLOCK_N"] * triton.cdiv(width(inputs), block["BLOCK_N"]))  # whole tiles
+    tiles = triton.cdiv(width(inputs, inputs.operand.itemsize), block["BLOCK_N"])
+    size = min(vocabulary, tiles * block["BLOCK_N"])
     buffer = inputs.hidden.new_empty(rows, size, dtype=inputs.operand)
-    g = torch.zeros_like(lse) if grad_logp is None else grad_logp
     [(h, w)], descriptors = _operands([inputs], block)
     for start in range(0, vocabulary, size):
         columns = slice(start, min(start + size, vocabulary))
@@ -81,10 +77,10 @@ def dlogits(
             w,
             inputs.targets if inputs.bias is None else inputs.bias,
             inputs.targets,
-            lse,
-            lse if entropy is None else entropy,
-            g,
-            g if grad_entropy is None else grad_entropy,
+            upstream.lse,
+            upstream.entropies,
+            upstream.logp,
+            upstream.logp if upstream.entropy is None else upstream.entropy,
             du,
             rows,
             vocabulary,
@@ -98,7 +94,7 @@ def dlogits(
             D=d,
             HAS_BIAS=inputs.bias is not None,
             SOFTCAP=inputs.transform.softcap is not None,
-            ENTROPY=grad_entropy is not None,
+            ENTROPY=upstream.entropy is not None,
             DESCRIPTORS=descriptors,
             INTERPRETED=INTERPRET,
             **block,
@@ -106,8 +102,8 @@ def dlogits(
         yield Chunk(columns, inputs.weight[columns].to(inputs.operand), du)
 
 
-def _exponentials(inputs: Inputs, partials: Partials, block: dict[str, int]) -> Iterator[Weighted]:
-    """Chunks of whole splits: their statistics, and exp(z − peak) for the product with the weight."""
+def _exponentials(inputs: Inputs, partials: Partials, block: dict[str, int]) -> Iterator[Exponentials]:
+    """Chunks of whole splits: their statistics, and their exponentials."""
     rows, vocabulary = inputs.hidden.shape[0], inputs.weight.shape[0]
     columns_each, all_splits = block["TILES"] * block["BLOCK_N"], partials.peak.shape[0]
     wanted = triton.cdiv(PROGRAMS, triton.cdiv(rows, block["BLOCK_M"]))
@@ -115,17 +111,16 @@ def _exponentials(inputs: Inputs, partials: Partials, block: dict[str, int]) -> 
     e = inputs.hidden.new_empty(rows, each * columns_each, dtype=inputs.operand)
     tile_peak = partials.target.new_empty(each * block["TILES"], rows)
     peak = partials.target.new_full((rows,), torch.finfo(torch.float32).min)
-    scale = _tile("lower", inputs)
+    own = _tile("rescale", inputs)
     for split in range(0, all_splits, each):
         splits = range(split, min(split + each, all_splits))
         _statistics([inputs], partials, block, splits, entropy=False, store=(e, tile_peak))
-        start = split * columns_each
-        columns = slice(start, min(splits.stop * columns_each, vocabulary))
+        columns = slice(split * columns_each, min(splits.stop * columns_each, vocabulary))
         after = torch.maximum(peak, partials.peak[split : splits.stop].amax(0))
-        part = e[:, : columns.stop - start]
-        grid = (triton.cdiv(rows, scale["BLOCK_M"]), triton.cdiv(part.shape[1], block["BLOCK_N"]))
-        lower_kernel[grid](part, tile_peak, after, rows, part.shape[1], e.stride(0), BLOCK_N=block["BLOCK_N"], **scale)
-        yield Weighted(inputs.weight[columns].to(inputs.operand), part, torch.exp2(peak - after))
+        part = e[:, : columns.stop - columns.start]
+        grid = (triton.cdiv(rows, own["BLOCK_M"]), triton.cdiv(part.shape[1], block["BLOCK_N"]))
+        rescale_kernel[grid](part, tile_peak, after, rows, part.shape[1], e.stride(0), BLOCK_N=block["BLOCK_N"], **own)
+        yield Exponentials(inputs.weight[columns].to(inputs.operand), part, torch.exp2(peak - after))
         peak = after
 
 
@@ -138,7 +133,7 @@ def _statistics(
     entropy: bool,
     store: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Fill the partials of these splits; `store` takes the exponentials and each tile's peak."""
+    """Fill the partials of these splits; `store` takes the exponentials [N, n] and each tile's peak [tiles, N]."""
     first, last = heads[0], heads[-1]
     (rows, d), vocabulary = first.hidden.shape, first.weight.shape[0]
     operands, descriptors = _operands(heads, block)
@@ -159,10 +154,10 @@ def _statistics(
         vocabulary,
         splits.start,
         len(splits),
-        partials.peak.shape[0] // len(heads),
+        partials.peak.shape[-2],
         first.hidden.stride(0),
         first.weight.stride(0),
-        e.stride(0),
+        0 if store is None else e.stride(0),
         *binary(first.transform),
         D=d,
         HEADS=len(heads),
@@ -186,7 +181,7 @@ def _tile(kernel: str, inputs: Inputs) -> dict[str, int]:
 
 
 def _splits(inputs: Inputs, block: dict[str, int]) -> int:
-    return triton.cdiv(triton.cdiv(inputs.weight.shape[0], block["BLOCK_N"]), block["TILES"])
+    return int(triton.cdiv(triton.cdiv(inputs.weight.shape[0], block["BLOCK_N"]), block["TILES"]))
 
 
 def _operands(heads: list[Inputs], block: dict[str, int]) -> tuple[list[tuple[Any, Any]], bool]:

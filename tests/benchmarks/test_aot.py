@@ -57,16 +57,16 @@ def test_a_target_within_its_budgets(tmp_path: Path) -> None:
 
 def test_over_budget_is_an_exit_code_and_a_name(tmp_path: Path) -> None:
     out = tmp_path / "aot.json"
-    done = run("--targets", "sm_90", "--kernels", "lower", "fold", "--shared", "1", "--json", str(out))
+    done = run("--targets", "sm_90", "--kernels", "rescale", "fold", "--shared", "1", "--json", str(out))
     assert done.returncode == 1, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("4 kernels, over budget: ")
     assert "sm_90 fold all, entropy" in last
-    assert "lower" not in last
+    assert "rescale" not in last
     rows = {(x["job"]["kernel"], x["job"]["variant"]): x for x in json.loads(out.read_text(encoding="utf-8"))}
     row = rows["fold", "all, entropy"]
     assert row["over"] == [f"shared {row['shared']} > 1024"]
-    assert rows["lower", ""]["over"] == []
+    assert rows["rescale", ""]["over"] == []
 
 
 def test_what_counts_as_over(aot: Any) -> None:
@@ -148,16 +148,16 @@ def test_every_target_has_every_tile_that_the_host_code_asks_for(aot: Any) -> No
         for word in ast.walk(call.args[0])
         if isinstance(word, ast.Constant) and isinstance(word.value, str)
     }
-    assert {"forward", "forward_capped", "dlogits", "dlogits_full", "lower", "fold"} <= asked
-    tiles = aot.table()["tiles"]
-    assert set(tiles) == {*aot.SHARED_KIB, "interpreter"}
+    assert {"forward", "forward_capped", "dlogits", "dlogits_full", "rescale", "fold"} <= asked
+    own = json.loads((PACKAGE / "tuned.json").read_text(encoding="utf-8"))["tiles"]
+    assert set(own) == {*aot.SHARED_KIB, "any", "interpreter"}
     assert set(aot.SHARED_KIB) == set(aot.INSTRUCTIONS)
-    for target, own in tiles.items():
-        assert set(own) == asked, target
-        for name, tile in own.items():
-            sizes = {key for key in tile if key not in ("num_warps", "num_stages")}
-            assert sizes == set(tiles["interpreter"][name]), f"{target} {name}"
-    assert {name for _, _, name, _ in aot.VARIANTS if name} == asked
+    for target in aot.SHARED_KIB:
+        assert set(own[target]) | set(own["any"]) == asked == set(own["interpreter"]), target
+        for name in asked:
+            sizes = {key for key in aot.tile(name, target) if key not in ("num_warps", "num_stages")}
+            assert sizes == set(own["interpreter"][name]), f"{target} {name}"
+    assert {name for _, _, name, _ in aot.VARIANTS} == asked
 
 
 def test_importing_it_changes_nothing(aot: Any) -> None:

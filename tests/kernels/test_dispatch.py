@@ -37,8 +37,8 @@ def test_eager_is_the_default_on_the_cpu_and_says_so_once():
     done = run(CALL.format(impls=["auto", "auto", "eager"]))
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        "halos_kernels: impl='auto' takes eager (on the CPU it needs Triton's interpreter "
-        "(TRITON_INTERPRET=1 at the start))"
+        "halos_kernels: impl='auto' takes eager (no GPU is in use (on the CPU Triton needs its interpreter: "
+        "TRITON_INTERPRET=1 from the start))"
     ]
     done = run(CALL.format(impls=["auto"]), TRITON_INTERPRET="1")
     assert done.stderr.splitlines() == [
@@ -55,6 +55,9 @@ def test_the_environment_stands_for_auto(monkeypatch):
     monkeypatch.setenv("HALOS_IMPL", "eager")
     assert dispatch.implementation("auto", inputs()) is eager
     assert dispatch.implementation("triton", inputs()) is tiled
+    monkeypatch.setenv("HALOS_IMPL", "triton")
+    with pytest.raises(ValueError, match="HALOS_IMPL='triton' cannot serve this call: float64"):
+        dispatch.implementation("auto", inputs(dtype=torch.float64))
     monkeypatch.setenv("HALOS_IMPL", "cuda")
     with pytest.raises(ValueError, match="HALOS_IMPL must be one of 'auto', 'triton', 'eager', got 'cuda'"):
         dispatch.implementation("auto", inputs())
@@ -63,7 +66,10 @@ def test_the_environment_stands_for_auto(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
 def test_triton_without_a_device_or_without_triton_is_refused():
     done = run(CALL.format(impls=["triton"]))
-    assert "ValueError: impl='triton' cannot serve this call: on the CPU it needs Triton's interpreter" in done.stderr
+    assert (
+        "ValueError: impl='triton' cannot serve this call: no GPU is in use (on the CPU Triton needs its interpreter"
+        in done.stderr
+    )
     absent = "import sys; sys.modules['triton'] = None\n"
     done = run(absent + CALL.format(impls=["eager", "auto"]))
     assert done.returncode == 0, done.stderr
@@ -75,7 +81,7 @@ def test_float64_is_eager_only():
     assert dispatch.implementation("auto", inputs(dtype=torch.float64)) is eager
     with pytest.raises(ValueError, match=r"impl='triton' cannot serve this call: float64"):
         dispatch.implementation("triton", inputs(dtype=torch.float64))
-    assert dispatch.obstacle(torch.device("mps")) == "no kernels for mps"
+    assert dispatch.obstacle(torch.device("mps")) == "there are no kernels for mps"
 
 
 def test_a_forced_strategy_holds_within_its_context():
@@ -94,22 +100,38 @@ def test_a_forced_strategy_holds_within_its_context():
     assert dispatch.implementation("triton", inputs(weight_dtype=torch.bfloat16)) is chunked
 
 
-def test_the_table_serves_every_call_on_every_architecture():
-    for arch in dispatch.table()["tiles"]:
-        for shape in ((1, 17, 8), (8192, 151936, 896), (8192, 151936, 8192)):
-            some = Inputs(*(torch.empty(s, device="meta") for s in ((shape[0], shape[2]), shape[1:])), None,
-                          torch.empty(shape[0], device="meta"), Transform())  # fmt: skip
-            assert dispatch.strategy(arch, some) in dispatch.STRATEGIES
-    kernels = {"forward", "forward_capped", "dlogits", "dlogits_full", "lower", "fold", "chunk_dlogits", "sums"}
-    assert all(set(tiles) == kernels for tiles in dispatch.table()["tiles"].values())
+def on_meta(n, v, d, dtype):
+    hidden, weight, targets = (torch.empty(s, device="meta", dtype=dtype) for s in ((n, d), (v, d), (n,)))
+    return Inputs(hidden, weight, None, targets, Transform())
 
 
-def test_an_unknown_gpu_takes_the_smallest_tiles_of_its_maker():
-    tiles = dispatch.table()["tiles"]
-    for name, known in (("sm_75", "sm_80"), ("sm_86", "sm_80"), ("sm_120", "sm_80"), ("gfx950", "gfx942")):
-        assert dispatch.tile("forward", name) == tiles[known]["forward"]
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_the_table_serves_every_call(arch, monkeypatch):
+    monkeypatch.setattr(Inputs, "operand", property(lambda self: self.hidden.dtype))  # as on a GPU
+    expected = {(3071, torch.bfloat16): "tiled", (3072, torch.bfloat16): "chunked", (896, torch.float32): "chunked"}
+    for (d, dtype), name in expected.items():
+        for n, v in ((1, 17), (8192, 151936)):
+            assert dispatch.strategy(arch, on_meta(n, v, d, dtype)) == name
+
+
+def test_every_gpu_has_every_tile():
+    kernels = ("forward", "forward_capped", "dlogits", "dlogits_full")
+    others = ("rescale", "fold", "chunk_dlogits", "sums", "merge")
+    assert dispatch.tile("forward", "sm_75") == dispatch.tile("forward", "sm_120") == dispatch.tile("forward", "sm_80")
+    assert dispatch.tile("forward", "gfx950") == dispatch.tile("forward", "gfx942")
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"):
+        assert all("BLOCK_D" in dispatch.tile(kernel, arch) for kernel in kernels)
+        assert all(dispatch.tile(kernel, arch) for kernel in others)
     dispatch.tile("forward", "sm_90").clear()
     assert dispatch.tile("forward", "sm_90"), "a copy, not the table"
+
+
+def test_an_old_gpu_takes_eager(monkeypatch):
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_75")
+    reason = "the kernels need compute capability 8.0, this GPU has 7.5"
+    assert dispatch.obstacle(torch.device("cuda")) == reason
+    assert not dispatch.use_triton("auto", torch.device("cuda"))
 
 
 def test_one_path_is_told_once(caplog):

@@ -6,6 +6,7 @@ Over 300 lines: the contract of one function, option by option.
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import math
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from halos_kernels import linear_logp, seq_logratio
 from halos_kernels.chunks import LIMITS, Limits
+from halos_kernels.inputs import Inputs
 from torch import Tensor
 
 MODULE = importlib.import_module("halos_kernels.linear_logp")  # the package attribute of this name is the function
@@ -227,6 +229,35 @@ def test_a_frozen_weight_gives_the_same_values_and_the_true_gradient(shape, name
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+def test_half_precision_on_a_device_that_multiplies_it_into_float32(monkeypatch):
+    """As CUDA does: factors stay in bfloat16, sums are float32. The CPU has no such product, so it is put together."""
+
+    def product(real, *tensors, out_dtype=None, out=None):
+        if out_dtype is None:
+            return real(*tensors) if out is None else real(*tensors, out=out)
+        assert all(x.dtype == torch.bfloat16 for x in tensors[-2:])
+        return out.copy_(real(*(x.to(out_dtype) for x in tensors)))
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, functools.partial(product, getattr(torch, name)))
+    monkeypatch.setattr(Inputs, "operand", property(lambda self: torch.bfloat16))
+    for name, options in OPTIONS.items():
+        for frozen in (False, True):
+            hidden, weight, targets = make(40, 24, 301, torch.bfloat16)
+            weight.requires_grad_(not frozen)
+            own = with_bias(options, 301, torch.bfloat16)
+            if frozen and "bias" in own:
+                own["bias"].requires_grad_(False)
+            exact = {k: x.detach().double() if isinstance(x, Tensor) else x for k, x in own.items()}
+            h, w = (x.detach().double().requires_grad_(x.requires_grad) for x in (hidden, weight))
+            logp, truth = linear_logp(hidden, weight, targets, **own).logp, naive(h, w, targets, **exact)[0]
+            torch.testing.assert_close(logp.double(), truth, rtol=0, atol=2e-5)
+            logp.sum().backward()
+            truth.sum().backward()
+            for leaf, true in ((hidden, h), *(() if frozen else ((weight, w),))):
+                assert (leaf.grad.double() - true.grad).norm() <= 6e-3 * true.grad.norm(), (name, frozen)
+
+
 def test_a_frozen_weight_costs_two_products(monkeypatch):
     """And saves [N, d] alone: the backward touches neither weight nor logits."""
     hidden, weight, targets = make(9, 4, 12)
@@ -324,4 +355,6 @@ def test_bad_input_is_named(case):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(MODULE) == (0, 10)
+    result = doctest.testmod(MODULE)
+    assert result.attempted
+    assert not result.failed

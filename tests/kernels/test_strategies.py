@@ -223,15 +223,20 @@ def test_logits_of_ten_thousand_and_a_common_offset():
     assert (logp + math.log(400)).abs().max() < 1e-5
 
 
-def test_not_a_number_stays_in_its_row():
+@pytest.mark.parametrize("entropy", [False, True])
+def test_not_a_number_stays_in_its_row(entropy):
     hidden, weight, targets = make(9, 300, 16, torch.float32)
     poisoned = hidden.detach().clone()
     poisoned[3, 5], poisoned[6, 2] = math.nan, math.inf
-    logp = linear_logp(poisoned, weight, targets, impl="triton").logp
+    out = linear_logp(poisoned, weight, targets, entropy=entropy, impl="triton")
     clean = linear_logp(hidden, weight, targets, impl="triton").logp
-    assert not logp[[3, 6]].isfinite().any()
+    assert not any(x[[3, 6]].isfinite().any() for x in out if x is not None)
     rest = [0, 1, 2, 4, 5, 7, 8]
-    torch.testing.assert_close(logp[rest], clean[rest], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.logp[rest], clean[rest], rtol=1e-6, atol=1e-6)
+    bad = weight.detach().clone()
+    bad[0, 3] = math.nan
+    out = linear_logp(hidden, bad, targets, entropy=entropy, impl="triton")
+    assert not any(x.isfinite().any() for x in out if x is not None)
 
 
 def test_strided_inputs(strategy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from halos_kernels.jit.math import FLOOR, LOWEST, bound, dlogits_from, logits
+from halos_kernels.jit.math import FLOOR, LOG2E, LOWEST, bound, dlogits_from, logits
 
 
 @triton.jit(do_not_specialize=["N", "v0"])
@@ -18,7 +18,7 @@ def fold_kernel(
     MOMENT,
     TARGET,
     E,
-    FALL,
+    RESCALE,
     N,
     v0,
     n_columns,
@@ -54,30 +54,30 @@ def fold_kernel(
         z, _ = logits(u, inner, outer, SOFTCAP)
         z = tl.where(valid, z, -float("inf"))
         higher = tl.maximum(peak, z)
-        fall = tl.exp2(peak - higher)
+        rescale = tl.exp2(peak - higher)
         if ENTROPY:
-            below = tl.maximum(z - higher, FLOOR)
+            below = tl.maximum(z - higher, FLOOR, propagate_nan=tl.PropagateNan.ALL)
             e = tl.exp2(below)
-            moment = fall * (moment + (peak - higher) * total) + e * below
+            moment = rescale * (moment + (peak - higher) * total) + e * below
         else:
             e = tl.exp2(z - higher)
-        total = total * fall + e
+        total = total * rescale + e
         peak = higher
     highest = tl.max(peak, 1)
-    fall = tl.exp2(peak - highest[:, None])
+    rescale = tl.exp2(peak - highest[:, None])
     before = tl.load(PEAK + rows, mask=inside, other=0.0)
     after = tl.maximum(before, highest)
-    fall_before = tl.exp2(before - after)
-    fall_here = tl.exp2(highest - after)
+    rescale_before = tl.exp2(before - after)
+    rescale_here = tl.exp2(highest - after)
     total_before = tl.load(TOTAL + rows, mask=inside, other=0.0)
-    total_here = tl.sum(total * fall, 1)
+    total_here = tl.sum(total * rescale, 1)
     if ENTROPY:
-        here = tl.sum(fall * (moment + (peak - highest[:, None]) * total), 1)
+        here = tl.sum(rescale * (moment + (peak - highest[:, None]) * total), 1)
         old = tl.load(MOMENT + rows, mask=inside, other=0.0)
-        old = fall_before * (old + (before - after) * total_before)
-        tl.store(MOMENT + rows, old + fall_here * (here + (highest - after) * total_here), mask=inside)
+        old = rescale_before * (old + (before - after) * total_before)
+        tl.store(MOMENT + rows, old + rescale_here * (here + (highest - after) * total_here), mask=inside)
     tl.store(PEAK + rows, after, mask=inside)
-    tl.store(TOTAL + rows, total_before * fall_before + total_here * fall_here, mask=inside)
+    tl.store(TOTAL + rows, total_before * rescale_before + total_here * rescale_here, mask=inside)
 
     column = tl.load(TARGETS + rows, mask=inside, other=-1).to(tl.int32) - v0
     own = inside & (column >= 0) & (column < n_columns)
@@ -88,7 +88,7 @@ def fold_kernel(
     tl.store(TARGET + rows, target, mask=own)
 
     if STORE:
-        tl.store(FALL + rows, fall_before, mask=inside)
+        tl.store(RESCALE + rows, rescale_before, mask=inside)
         for start in range(0, bound(n_columns, INTERPRETED), BLOCK_N):
             columns = start + offsets
             mask = inside[:, None] & (columns < n_columns)[None, :]
@@ -137,7 +137,7 @@ def dlogits_kernel(
     if HAS_BIAS:
         u += tl.load(BIAS + v0 + columns, mask=valid, other=0.0).to(tl.float32)[None, :]
     targets = tl.load(TARGETS + rows, mask=inside, other=-1).to(tl.int32)
-    lse = tl.load(LSE + rows, mask=inside, other=0.0) * 1.4426950408889634
+    lse = tl.load(LSE + rows, mask=inside, other=0.0) * LOG2E
     g = tl.load(G + rows, mask=inside, other=0.0) * slope
     g_entropy = g
     entropy = lse

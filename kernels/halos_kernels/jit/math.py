@@ -8,6 +8,8 @@ import triton.language as tl
 INTERPRET = bool(triton.knobs.runtime.interpret)
 """Whether these kernels run in Triton's interpreter: `triton.jit` decides when it decorates."""
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a running maximum starts here, finite: -inf - -inf is not a number
 FLOOR = tl.constexpr(-1e4)  # exp2(FLOOR) is 0, and unlike -inf it survives a product with that 0
 
@@ -47,7 +49,7 @@ def logits(u, inner, outer, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def dlogits_from(u, hit, lse, entropy, g, g_entropy, inner, outer, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
-    """∂loss/∂u from products u [M, N]; g and g_entropy carry the slope of the transform; entropy in nats, lse in log 2.
+    """∂loss/∂u from products u [M, N]; g and g_entropy carry the slope of the transform; lse is in units of log 2.
 
     1 − p is formed before any rounding, so that the gradient keeps its relative precision as p → 1.
     """
@@ -56,7 +58,9 @@ def dlogits_from(u, hit, lse, entropy, g, g_entropy, inner, outer, SOFTCAP: tl.c
     p = tl.exp2(z)
     du = g[:, None] * (tl.where(hit, 1.0, 0.0) - p)
     if ENTROPY:
-        du -= g_entropy[:, None] * p * (tl.maximum(z, FLOOR) * 0.6931471805599453 + entropy[:, None])
+        du -= (
+            g_entropy[:, None] * p * (tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL) * LN2 + entropy[:, None])
+        )
     if SOFTCAP:
         du *= 1.0 - t * t
     return du

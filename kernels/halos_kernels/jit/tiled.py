@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from halos_kernels.jit.math import FLOOR, LOWEST, bound, dlogits_from, logits
+from halos_kernels.jit.math import FLOOR, LOG2E, LOWEST, bound, dlogits_from, logits
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def product_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """hidden[m0:] @ weight[n0:].T in float32. Rows past the end repeat the last one: whoever calls drops them."""
+    """hidden[m0:] @ weight[n0:].T in float32. Of rows past the end come other numbers: whoever calls drops them."""
     u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DESCRIPTORS:
         for k in range(0, D, BLOCK_D):
@@ -107,6 +107,10 @@ def split_statistics(
     GROUP: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    """Statistics of a block of rows over a split of the vocabulary, tile after tile; of the target, its logit.
+
+    With STORE also exp(z − peak so far) · slope of the cap into E, and that peak into TILE_PEAK.
+    """
     block, split = place(tl.program_id(0), tl.cdiv(N, BLOCK_M), splits, GROUP)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < N
@@ -129,14 +133,14 @@ def split_statistics(
         z = tl.where((columns < V)[None, :], z, -float("inf"))
         target += tl.sum(tl.where(columns[None, :] == targets[:, None], z, 0.0), 1)
         higher = tl.maximum(peak, tl.max(z, 1))
-        fall = tl.exp2(peak - higher)
+        rescale = tl.exp2(peak - higher)
         if ENTROPY:
-            below = tl.maximum(z - higher[:, None], FLOOR)
+            below = tl.maximum(z - higher[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
             e = tl.exp2(below)
-            moment = fall * (moment + (peak - higher) * total) + tl.sum(e * below, 1)
+            moment = rescale * (moment + (peak - higher) * total) + tl.sum(e * below, 1)
         else:
             e = tl.exp2(z - higher[:, None])
-        total = total * fall + tl.sum(e, 1)
+        total = total * rescale + tl.sum(e, 1)
         peak = higher
         if STORE:
             if SOFTCAP:
@@ -218,7 +222,7 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def lower_kernel(E, TILE_PEAK, PEAK, N, n_columns, stride_e, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def rescale_kernel(E, TILE_PEAK, PEAK, N, n_columns, stride_e, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Exponentials [N, n] from their tile's peak to the chunk's."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < N
@@ -264,19 +268,19 @@ def dlogits_kernel(
     GROUP: tl.constexpr,
 ):
     """One tile of logits again, and its gradient straight into the chunk [N, n]."""
-    block, split = place(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(n_columns, BLOCK_N), GROUP)
+    block, part = place(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(n_columns, BLOCK_N), GROUP)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < N
-    column = split * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = part * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = v0 + column
     u = product_tile(
-        H, W, block * BLOCK_M, v0 + split * BLOCK_N, N, V, D, stride_h, stride_w,
+        H, W, block * BLOCK_M, v0 + part * BLOCK_N, N, V, D, stride_h, stride_w,
         DESCRIPTORS, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if HAS_BIAS:
         u += tl.load(BIAS + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     targets = tl.load(TARGETS + rows, mask=inside, other=-1).to(tl.int32)
-    lse = tl.load(LSE + rows, mask=inside, other=0.0) * 1.4426950408889634
+    lse = tl.load(LSE + rows, mask=inside, other=0.0) * LOG2E
     g = tl.load(G + rows, mask=inside, other=0.0) * slope
     g_entropy = g
     entropy = lse
