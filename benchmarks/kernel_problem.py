@@ -145,7 +145,7 @@ def errors(truth: Truth, result: Result) -> dict[str, float]:
 
 
 def _relative(x: Tensor, truth: Tensor) -> float:
-    return ((x.double() - truth).norm() / truth.norm()).item()
+    return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 
 def logratios(reference: Tensor, policy: Tensor, length: int) -> Tensor:

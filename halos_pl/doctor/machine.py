@@ -152,7 +152,7 @@ def scoring_speed(device: str) -> dict[str, float | int] | None:
         weight = torch.rand(VOCABULARY, WIDTH, device=device, requires_grad=True)
         targets = torch.arange(TOKENS, device=device)
         seconds = _duration(step, device, 0.5)
-    except _FAILURES:
+    except Exception:  # also a broken Triton, which torch imports for operators of one's own
         return None
     logits = TOKENS * VOCABULARY * 4
     return {

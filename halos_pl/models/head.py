@@ -48,7 +48,10 @@ def find_head(model: PreTrainedModel) -> Head:
         ModelError: the output embedding is not a plain linear layer.
     """
     linear = model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
+    plain = (
+        isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and "forward" not in vars(linear)
+    )
+    if not plain:
         raise ModelError(
             f"{type(model).__name__} has no plain linear output head (found {type(linear).__module__}."
             f"{type(linear).__name__}); its log-probabilities cannot be computed without logits. "

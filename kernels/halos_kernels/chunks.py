@@ -20,12 +20,12 @@ class Limits(NamedTuple):
 
     workspace: int  # bytes of one chunk of logits and of its copy in half precision, at most
     columns: int  # of a chunk, at least: a product with few is slow
-    rows: int  # of one block of the forward pass
-    parts: int  # a chunk has at most 1 / parts of the vocabulary
+    rows: int  # of one block of the forward pass, at most
+    parts: int  # a chunk has at most 1 / parts of all logits of the call
 
 
 # on the CPU a chunk stays in the cache
-LIMITS = {"cpu": Limits(4 << 20, 128, 1024, 32), "cuda": Limits(256 << 20, 2048, 2048, 16)}
+LIMITS = {"cpu": Limits(4 << 20, 128, 1024, 32), "cuda": Limits(192 << 20, 2048, 2048, 16)}
 SMALLEST = 4096  # elements: a chunk is never cut below this
 MOST = 2**30  # elements: kernels find their way in a chunk with 32 bits
 
@@ -52,7 +52,8 @@ def width(inputs: Inputs, bytes_each: int | None = None) -> int:
     if bytes_each is None:
         bytes_each = inputs.dtype.itemsize + (inputs.operand.itemsize if inputs.operand != inputs.dtype else 0)
     columns = max(limit.workspace // (bytes_each * rows), limit.columns)
-    columns = max(1, min(columns, max(SMALLEST // rows, vocabulary // limit.parts), MOST // rows))
+    share = inputs.tokens * vocabulary // limit.parts
+    columns = min(vocabulary, max(1, min(columns, max(SMALLEST, share) // rows, MOST // rows)))
     columns = math.ceil(vocabulary / math.ceil(vocabulary / columns))  # even chunks,
     return columns if columns < 256 else min(vocabulary, columns + -columns % 64)  # aligned ones where that is cheap
 
@@ -132,9 +133,10 @@ def forward_frozen(inputs: Inputs, start: Callable[[Inputs], Softmax]) -> tuple[
 def by_rows(
     score: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs, size: int | None = None
 ) -> tuple[Tensor, ...]:
-    """`score` of one block of rows after another, concatenated."""
-    size = size or limits(inputs.hidden.device).rows
-    starts = range(0, max(1, inputs.hidden.shape[0]), size)
+    """`score` of one block of rows after another, as equal as can be, concatenated."""
+    rows = max(1, inputs.hidden.shape[0])
+    size = math.ceil(rows / math.ceil(rows / (size or limits(inputs.hidden.device).rows)))
+    starts = range(0, rows, size)
     parts = [score(inputs.rows(slice(start, start + size))) for start in starts]
     return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
 

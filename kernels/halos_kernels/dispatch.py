@@ -39,7 +39,7 @@ class Implementation(Protocol):
 
 
 def check_impl(impl: str, name: str = "impl") -> None:
-    if impl not in IMPLS:
+    if not isinstance(impl, str) or impl not in IMPLS:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
 
 
@@ -73,7 +73,7 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None = None) 
         ValueError: "triton" where it cannot, with the reason; HALOS_IMPL is none of `IMPLS`.
     """
     wanted, name = impl, "impl"
-    if impl == "auto" and "HALOS_IMPL" in os.environ:
+    if impl == "auto" and os.environ.get("HALOS_IMPL"):
         wanted, name = os.environ["HALOS_IMPL"], "HALOS_IMPL"
         check_impl(wanted, name)
     if wanted == "eager":
@@ -183,7 +183,10 @@ def architecture(device: torch.device) -> str:
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    """Within this context Triton takes the strategy "tiled" or "chunked", whatever the table says: for measuring it."""
+    """Within this context Triton takes the strategy "tiled" or "chunked", whatever the table says: for measuring it.
+
+    Of all threads: the backward pass of a GPU runs in one of its own.
+    """
     global _forced
     if name not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from functools import reduce
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (*HALF, torch.float32, torch.float64)
@@ -55,13 +55,14 @@ class Transform(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """One call: hidden [N, d], weight [V, d], bias [V] or None, targets [N], transform."""
+    """One call, or a block of its rows."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
+    hidden: Tensor  # [N, d]
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [N]
     transform: Transform
+    tokens: int  # of the whole call
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,6 +101,9 @@ def check(
                 f"{name} must be a plain tensor, got a DTensor: call this inside the forward of the module that owns "
                 "it (where FSDP has gathered it), or gather it first (`full_tensor`)"
             )
+        refuse_tangent(name, x)
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, got layout {x.layout}")
         if x.device != hidden.device:
             raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {x.device}")
         allowed = INTEGERS if name == "targets" else FLOATS
@@ -127,6 +131,12 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
     )
 
 
+def refuse_tangent(name: str, x: Tensor) -> None:
+    """Operators of `torch.library` would drop it in silence."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name} carries a tangent of forward-mode differentiation: only reverse mode is supported")
+
+
 def require_values(ok: Tensor, message: Callable[[], str]) -> None:
     """Raises ValueError if `ok` (0-d bool) is false; on CUDA asserts on the device instead, unless `HALOS_CHECK=1`."""
     if ok.is_cuda and os.environ.get("HALOS_CHECK") != "1":
@@ -135,7 +145,13 @@ def require_values(ok: Tensor, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
+def check_entropy(entropy: object) -> None:
+    if not isinstance(entropy, bool):
+        raise ValueError(f"entropy must be True or False, got {entropy!r}")
+
+
 def _check_number(name: str, value: object, *, positive: bool = True) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
-    if not number or (positive and not value > 0):  # type: ignore[operator]
-        raise ValueError(f"{name} must be a finite number{' > 0' if positive else ''}, got {value!r}")
+    """In float32 the bounds are far from anything that overflows; they also keep NaN out."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 <= value <= 1e30
+    if not number or (positive and not value >= 1e-30):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a finite number{' > 0' if positive else ''} (up to 1e30), got {value!r}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halos_kernels import ops
 from halos_kernels.dispatch import check_impl
-from halos_kernels.inputs import LogpOut, Transform, check
+from halos_kernels.inputs import LogpOut, Transform, check, check_entropy
 
 
 def linear_logp(
@@ -82,6 +82,7 @@ def linear_logp(
         torch.Size([3, 8])
     """
     check(hidden, weight, targets, bias, Transform(logit_scale, softcap, temperature))
+    check_entropy(entropy)
     check_impl(impl)
     inputs = (hidden, weight, bias, targets.long(), float(logit_scale), softcap and float(softcap), float(temperature))
     learnt = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -132,8 +133,12 @@ def linear_logp_multi(
         >>> (policy.logp - reference.logp).tolist()  # all logits alike in both
         [0.0, 0.0]
     """
+    heads = [heads] if isinstance(heads, Head) else list(heads)
+    if not all(isinstance(head, Head) for head in heads):
+        raise ValueError(f"heads must be of type Head, got {', '.join(type(head).__name__ for head in heads)}")
     if not heads:
         raise ValueError("heads must hold at least one Head, got none")
+    check_entropy(entropy)
     check_impl(impl)
     for i, head in enumerate(heads):
         try:

@@ -135,7 +135,7 @@ def _(hidden, weight, bias, targets, scale, softcap, temperature, impl):  # type
 
 @torch.library.custom_op("halos_kernels::scale_rows", mutates_args=())
 def scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
-    """rows [N, d] · factor [N], in the dtype of rows. An operator, so that a second backward raises."""
+    """rows [N, d] · factor [N], in the dtype of rows. An operator without a gradient: a second backward raises."""
     return (rows * factor[:, None]).to(rows.dtype)
 
 
@@ -147,7 +147,7 @@ def _(rows, factor):  # type: ignore[no-untyped-def]
 def _save_frozen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, lse, pull = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, pull)
+    ctx.mark_non_differentiable(lse)  # `pull` is not marked: what depends on it asks for the gradient that is not there
     ctx.save_for_backward(pull)
 
 
@@ -192,7 +192,7 @@ def seq_logratio(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor, impl
     """Σ (logp − ref), Σ logp and Σ ref [B] of each sequence; without a reference Σ logp twice, and [0]."""
     count = logp.shape[0]
     require_values(
-        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == count) & (cu_seqlens.diff() >= 0).all(),
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == count) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all(),
         lambda: f"cu_seqlens must rise from 0 to logp's length {count}, got {cu_seqlens.tolist()}",
     )
     if use_triton(impl, logp.device):
@@ -258,11 +258,11 @@ def _inputs(
     temperature: float,
 ) -> Inputs:
     vectors = (None if bias is None else bias.contiguous(), targets.contiguous())
-    return Inputs(hidden, weight, *vectors, Transform(scale, softcap, temperature))
+    return Inputs(hidden, weight, *vectors, Transform(scale, softcap, temperature), hidden.shape[0])
 
 
 def _empty_logp(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    dtype = Inputs(hidden, weight, bias, hidden, Transform()).dtype
+    dtype = Inputs(hidden, weight, bias, hidden, Transform(), 0).dtype
     return hidden.new_empty(hidden.shape[0], dtype=dtype)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from halos_kernels import ops
 from halos_kernels.dispatch import check_impl
+from halos_kernels.inputs import refuse_tangent
 
 
 class SeqOut(NamedTuple):
@@ -24,7 +25,7 @@ def seq_logratio(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor, *, i
 
         logratio[b] = Σ_n (logp[n] − ref_logp[n])   over n in cu_seqlens[b] : cu_seqlens[b + 1]
 
-    A sequence's sums depend on its own tokens only; an empty sequence gives 0, and equal inputs give exactly 0.
+    A sequence's sums depend on its own tokens only; an empty sequence gives 0, and equal finite inputs give exactly 0.
     Gradients flow to `logp`, and to `ref_logp` if it requires them.
 
     Args:
@@ -58,6 +59,9 @@ def _check(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor) -> None:
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        refuse_tangent(name, x)
+        if hasattr(x, "placements"):
+            raise ValueError(f"{name} must be a plain tensor, got a DTensor: gather it first (`full_tensor`)")
         if x.ndim != 1:
             raise ValueError(f"{name} must have one dimension, got {list(x.shape)}")
         if x.device != logp.device:

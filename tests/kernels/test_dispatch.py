@@ -15,7 +15,7 @@ from halos_kernels.inputs import Inputs, Transform
 
 def inputs(n=4, v=5, d=3, dtype=torch.float32, weight_dtype=None):
     weight = torch.zeros(v, d, dtype=weight_dtype or dtype)
-    return Inputs(torch.zeros(n, d, dtype=dtype), weight, None, torch.zeros(n, dtype=torch.long), Transform())
+    return Inputs(torch.zeros(n, d, dtype=dtype), weight, None, torch.zeros(n, dtype=torch.long), Transform(), n)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -102,7 +102,7 @@ def test_a_forced_strategy_holds_within_its_context():
 
 def on_meta(n, v, d, dtype):
     hidden, weight, targets = (torch.empty(s, device="meta", dtype=dtype) for s in ((n, d), (v, d), (n,)))
-    return Inputs(hidden, weight, None, targets, Transform())
+    return Inputs(hidden, weight, None, targets, Transform(), len(targets))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])

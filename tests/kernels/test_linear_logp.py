@@ -203,6 +203,15 @@ def test_lse_carries_no_gradient_and_there_is_no_double_backward(frozen):
     (grad,) = torch.autograd.grad(out.logp.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
+    (grad,) = torch.autograd.grad(linear_logp(hidden, weight.detach(), targets).logp.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.square().sum().backward()
+
+
+def test_forward_mode_differentiation_is_refused():
+    hidden, weight, targets = make(3, 4, 5)
+    with pytest.raises(ValueError, match="hidden carries a tangent"):
+        torch.func.jvp(lambda h: linear_logp(h, weight, targets).logp, (hidden.detach(),), (hidden.detach(),))
 
 
 @pytest.mark.usefixtures("chunks")
@@ -339,10 +348,19 @@ BAD = {
     "targets high": ((X, W, Y + 5), {}, "targets must be in [0, 5), got 5 to 5"),
     "targets low": ((X, W, Y - 100), {}, "targets must be in [0, 5), got -100 to -100"),
     "bias shape": ((X, W, Y), {"bias": torch.zeros(5, 1)}, "bias must be [5], got [5, 1]"),
-    "softcap": ((X, W, Y), {"softcap": 0.0}, "softcap must be a finite number > 0, got 0.0"),
-    "temperature": ((X, W, Y), {"temperature": -1.0}, "temperature must be a finite number > 0, got -1.0"),
-    "scale": ((X, W, Y), {"logit_scale": math.inf}, "logit_scale must be a finite number, got inf"),
-    "scale learnt": ((X, W, Y), {"logit_scale": torch.ones(())}, "logit_scale must be a finite number, got tensor(1.)"),
+    "softcap": ((X, W, Y), {"softcap": 0.0}, "softcap must be a finite number > 0 (up to 1e30), got 0.0"),
+    "temperature": ((X, W, Y), {"temperature": -1.0}, "temperature must be a finite number > 0 (up to 1e30), got -1.0"),
+    "scale": ((X, W, Y), {"logit_scale": math.inf}, "logit_scale must be a finite number (up to 1e30), got inf"),
+    "scale learnt": (
+        (X, W, Y),
+        {"logit_scale": torch.ones(())},
+        "logit_scale must be a finite number (up to 1e30), got tensor(1.)",
+    ),
+    "temperature tiny": ((X, W, Y), {"temperature": 1e-39}, "temperature must be a finite number > 0"),
+    "scale huge": ((X, W, Y), {"logit_scale": 10**400}, "logit_scale must be a finite number (up to 1e30)"),
+    "hidden sparse": ((X.to_sparse(), W, Y), {}, "hidden must be dense, got layout torch.sparse_coo"),
+    "entropy": ((X, W, Y), {"entropy": "yes"}, "entropy must be True or False, got 'yes'"),
+    "impl type": ((X, W, Y), {"impl": None}, "impl must be one of 'auto', 'triton', 'eager', got None"),
     "impl": ((X, W, Y), {"impl": "cuda"}, "impl must be one of 'auto', 'triton', 'eager', got 'cuda'"),
 }
 

@@ -91,6 +91,14 @@ def test_bad_heads_are_named(heads, message):
         linear_logp_multi(made, torch.zeros(2, dtype=torch.long))
 
 
+def test_heads_may_be_one_or_any_iterable_but_must_be_heads():
+    head, targets = Head(torch.zeros(2, 3), torch.zeros(4, 3)), torch.zeros(2, dtype=torch.long)
+    one = linear_logp_multi(head, targets)
+    assert torch.equal(one[0].logp, linear_logp_multi((x for x in [head]), targets)[0].logp)
+    with pytest.raises(ValueError, match="heads must be of type Head, got Tensor"):
+        linear_logp_multi([head.hidden], targets)
+
+
 def test_a_target_outside_one_of_the_vocabularies():
     made = [Head(torch.zeros(2, 3), torch.zeros(v, 3)) for v in (9, 4)]
     with pytest.raises(ValueError, match=r"targets must be in \[0, 4\), got 0 to 7"):

@@ -93,6 +93,7 @@ def test_no_tokens(offsets, seq_logratio):
     assert logp.grad.shape == (0,)
 
 
+Sharded = type("Sharded", (torch.Tensor,), {"placements": ("Shard(0)",)})
 P, C = torch.zeros(4), torch.tensor([0, 1, 4])
 BAD = {
     "logp rank": ((P[:, None], P, C), "logp must have one dimension, got [4, 1]"),
@@ -106,6 +107,11 @@ BAD = {
     "offsets empty": ((P, P, C[:0]), "cu_seqlens must be int64 or int32 [B + 1], got [0] torch.int64"),
     "offsets start": ((P, P, torch.tensor([1, 4])), "cu_seqlens must rise from 0 to logp's length 4, got [1, 4]"),
     "offsets end": ((P, P, torch.tensor([0, 3])), "cu_seqlens must rise from 0 to logp's length 4, got [0, 3]"),
+    "offsets wrap": (
+        (P, P, torch.tensor([0, 2**63 - 1, -(2**63), 4])),
+        "cu_seqlens must rise from 0 to logp's length 4",
+    ),
+    "logp sharded": ((P.as_subclass(Sharded), None, C), "logp must be a plain tensor, got a DTensor"),
     "offsets fall": ((P, P, torch.tensor([0, 3, 2, 4])), "got [0, 3, 2, 4]"),
 }
 

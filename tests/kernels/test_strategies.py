@@ -282,7 +282,7 @@ def test_descriptors_give_the_bits_of_pointers(strategy, monkeypatch):
 def _inputs(hidden, weight, targets):
     from halos_kernels.inputs import Inputs, Transform
 
-    return Inputs(hidden, weight, None, targets, Transform())
+    return Inputs(hidden, weight, None, targets, Transform(), len(targets))
 
 
 def test_no_tokens():

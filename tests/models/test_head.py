@@ -101,6 +101,25 @@ def test_verification_leaves_the_model_as_it_was(training: bool) -> None:
     torch.testing.assert_close(find_head(lm).linear(backbone(lm)(ids).last_hidden_state), logits)
 
 
+class Adapted(nn.Linear):
+    """An adapter as loralib writes it: without effect at first, so that comparing logits does not show it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 0.0
+
+
+def test_an_adapter_on_the_head_is_refused() -> None:
+    lm = build()
+    lm.set_output_embeddings(Adapted(16, V))
+    with pytest.raises(ModelError, match=r"no plain linear output head \(found .*Adapted\).*adapter"):
+        find_head(lm)
+    lm = build()
+    head = lm.get_output_embeddings()
+    head.forward = lambda x: nn.Linear.forward(head, x)
+    with pytest.raises(ModelError, match="adapter"):
+        find_head(lm)
+
+
 def test_what_is_not_a_linear_head_on_a_backbone_is_refused() -> None:
     lm = build()
     lm.set_output_embeddings(nn.Sequential(nn.Linear(16, V)))

@@ -8,6 +8,9 @@ import triton.language as tl
 INTERPRET = bool(triton.knobs.runtime.interpret)
 """Whether these kernels run in Triton's interpreter: `triton.jit` decides when it decorates."""
 
+if INTERPRET and isinstance(tl.sum, triton.JITFunction):
+    raise ImportError("TRITON_INTERPRET was set after Triton had been imported")
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a running maximum starts here, finite: -inf - -inf is not a number
