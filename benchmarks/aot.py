@@ -31,6 +31,8 @@ from halos_kernels.dispatch import DESCRIPTORS, tile
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.kernel_report import positive, writable
+
 # Triton is imported in the processes that compile, and nowhere else: it decides then whether it interprets.
 
 KERNELS = {
@@ -143,7 +145,7 @@ def jobs(targets: list[str], kernels: list[str], shared_kib: int | None = None) 
             sizes = tile(name, target)
             if kernel == "rescale":  # over the columns of the forward's tile
                 sizes["BLOCK_N"] = tile("forward", target)["BLOCK_N"]
-            options = {key: sizes.pop(key) for key in ("num_warps", "num_stages") if key in sizes}
+            options: dict[str, int] = {x: sizes.pop(x) for x in ("num_warps", "num_stages") if x in sizes}
             allowed = {
                 "spilled": SPILLED.get((target, kernel, variant), 0),
                 "shared": (SHARED_KIB[target] if shared_kib is None else shared_kib) << 10,
@@ -262,11 +264,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--targets", nargs="+", choices=known, default=known, help="default: all of tuned.json")
     parser.add_argument("--kernels", nargs="+", choices=sorted(KERNELS), default=list(KERNELS), help="default: all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument(
-        "--shared", type=int, metavar="KIB", help="allow a program this much shared memory, not what the target has"
+        "--shared",
+        type=positive,
+        metavar="KIB",
+        help="allow a program this much shared memory, not what the target has",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="also write the results there")
     args = parser.parse_args(argv)
     wanted = list(jobs(args.targets, args.kernels, args.shared))
     with _environment(), ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:

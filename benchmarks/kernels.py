@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from benchmarks.kernel_problem import (
     make_problem,
     truth64,
 )
-from benchmarks.kernel_report import RESULTS, environment, picture, table, write
+from benchmarks.kernel_report import RESULTS, environment, picture, positive, table, writable, write
 
 LIMIT = "torch.mm"
 ONE_THIRD = Shape(683, 512, 32000)  # 2048 positions of which a third is scored
@@ -210,12 +209,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--passes", nargs="+", choices=PASSES, help="default: all")
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all that can be on the device")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--repeats", type=int, help="timed rounds; default: 20 on cuda, 7 on cpu")
+    parser.add_argument("--repeats", type=positive, help="timed rounds; default: 20 on cuda, 7 on cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny shape and few repeats: to see that it runs")
     parser.add_argument("--gate", action="store_true", help="fail if ours costs too much beside naive, on the cpu")
-    parser.add_argument("--out", type=Path, help="JSON; default: results/kernels-DEVICE.json, none for quick and gate")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the rows (needs matplotlib)")
+    parser.add_argument(
+        "--out", type=writable, help="JSON; default: results/kernels-DEVICE.json, none for quick and gate"
+    )
+    parser.add_argument("--plot", type=writable, metavar="PNG", help="draw the rows (needs matplotlib)")
     parser.add_argument("--commit", help="for the report, where the folder has no history")
     options = parser.parse_args(argv)
     there = torch.cuda.is_available()
@@ -239,8 +240,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.peers = list(dict.fromkeys(options.peers or [x for x in PEERS if x not in absent]))
     if options.repeats is None:
         options.repeats = 3 if options.quick else {"cuda": 20, "cpu": 7}[options.device]
-    if options.repeats < 1:
-        parser.error("--repeats must be at least 1")
     if options.out is None and not (options.quick or options.gate):
         options.out = RESULTS / f"kernels-{options.device}.json"
     return options

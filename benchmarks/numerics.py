@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from benchmarks.kernel_problem import (
     make_heads,
     make_problem,
 )
-from benchmarks.kernel_report import RESULTS, environment, markdown, write
+from benchmarks.kernel_report import RESULTS, environment, markdown, writable, write
 
 FULL, SMALL = Shape(8 * SEQUENCE, 1024, 32768), Shape(2 * SEQUENCE, 64, 2048)
 PERTURBATIONS = (0.002, 0.02)
@@ -124,10 +123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny shape: to see that it runs")
-    parser.add_argument("--out", type=Path, help="JSON; default: results/numerics.json, none for quick")
+    parser.add_argument("--out", type=writable, help="JSON; default: results/numerics.json, none for quick")
     parser.add_argument("--commit", help="for the report, where the folder has no history")
     options = parser.parse_args(argv)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    there = torch.cuda.is_available()
+    options.device = options.device or ("cuda" if there else "cpu")
+    if options.device == "cuda" and not there:
+        parser.error("--device cuda: torch finds no GPU")
     rows = measure(options)
     if options.out is None and not options.quick:
         options.out = RESULTS / "numerics.json"

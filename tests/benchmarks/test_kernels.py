@@ -215,7 +215,7 @@ def test_gate_has_its_own_shape_and_its_exit_code(
         (["--shapes", "0,3,4"], "'0,3,4'"),
         (["--dtypes", "int8"], "bfloat16"),
         (["--passes", "sideways"], "frozen"),
-        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--repeats", "0"], "'0' is not an integer from 1 on"),
         (["--gate", "--peers", "ours"], "leave out --peers"),
         (["--gate", "--device", "cuda"], "--device c"),
     ],
