@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +91,39 @@ def test_the_table_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.syspath_prepend(str(ROOT))
     quickstart = importlib.import_module("benchmarks.quickstart")
     assert quickstart.table(quickstart.load(ROOT / "benchmarks" / "results" / "quickstart.json")) in README
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+    return [row for row in found if row["status"] == "measured"]
+
+
+def kernel_lines() -> Iterator[str]:
+    found = {(x["implementation"], x["pass"]): x for x in rows("kernels-cpu.json")}
+    for name in ("naive", "ours", "torch", "trl"):
+        own = [found[name, what] for what in ("forward", "forward+backward", "frozen")]
+        cells = [f"{x['ms']['median']:.0f} ms, {x['peak_mib']:.0f} MiB" for x in own]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def numerics_lines() -> Iterator[str]:
+    names = {
+        "ours": "ours",
+        "trl": "TRL 1.16, as installed",
+        "liger-semantics": "Liger's rounding",
+        "torch": "torch 2.13 `F.linear_cross_entropy`",
+    }
+    found = {(x["path"], x["perturbation"]): x for x in rows("numerics.json")}
+    for path, name in names.items():
+        small, large = found[path, 0.002], found[path, 0.02]
+        errors = (small["token_rms"], small["logratio_rms"], large["logratio_rms"])
+        yield f"| {name} | {' | '.join(f'{x:.1e}' for x in errors)} |"
+    spreads = (f"{found['ours', x]['true_logratio_std']:.2f}" for x in (0.002, 0.02))
+    yield f"| the log-ratios' own spread | | {' | '.join(spreads)} |"
+
+
+def test_the_figures_of_the_kernels_are_what_was_measured() -> None:
+    for line in (*kernel_lines(), *numerics_lines()):
+        assert line in README
+    product = next(x for x in rows("kernels-cpu.json") if x["implementation"] == "torch.mm")
+    assert f"takes {product['ms']['median']:.0f} ms" in README
