@@ -123,8 +123,8 @@ def linear_logp_frozen(
     check_targets(targets, weight.shape[0])
     inputs = _inputs(hidden, weight, bias, targets, scale, softcap, temperature)
     with _computing(hidden):
-        logp, lse, pull = implementation(impl, inputs).forward_frozen(inputs)
-    return logp, lse, pull
+        logp, lse, slopes = implementation(impl, inputs).forward_frozen(inputs)
+    return logp, lse, slopes
 
 
 @linear_logp_frozen.register_fake
@@ -145,15 +145,15 @@ def _(rows, factor):  # type: ignore[no-untyped-def]
 
 
 def _save_frozen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, lse, pull = output
+    _, lse, slopes = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)  # `pull` is not marked: what depends on it asks for the gradient that is not there
-    ctx.save_for_backward(pull)
+    ctx.mark_non_differentiable(lse)  # not `slopes`, so that a second backward asks for the gradient that is not there
+    ctx.save_for_backward(slopes)
 
 
 def _backward_frozen(ctx: Any, grad_logp: Tensor | None, *_: Tensor | None) -> Gradients:
-    (pull,) = ctx.saved_tensors
-    return None if grad_logp is None else scale_rows(pull, grad_logp), *(None,) * 7
+    (slopes,) = ctx.saved_tensors
+    return None if grad_logp is None else scale_rows(slopes, grad_logp), *(None,) * 7
 
 
 linear_logp_frozen.register_autograd(_backward_frozen, setup_context=_save_frozen)
