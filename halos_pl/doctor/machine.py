@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from halos_kernels import linear_logp
 from halos_kernels.chunks import limits
-from halos_kernels.dispatch import obstacle
+from halos_kernels.dispatch import obstacle, use_triton
 
 MIB = 1 << 20
 CGROUPS = Path("/sys/fs/cgroup")
@@ -92,7 +92,7 @@ def accelerators() -> dict[str, Any]:
 
 
 def triton() -> dict[str, Any]:
-    """Version of Triton, the device it compiles for, TRITON_INTERPRET, and why `halos_kernels` cannot use it, if so."""
+    """Version of Triton, the device it compiles for, both variables of the environment, and what the kernels say."""
     found: dict[str, Any] = {"version": None, "target": None, "problem": None}
     try:
         import triton
@@ -103,7 +103,13 @@ def triton() -> dict[str, Any]:
     except Exception as error:  # a broken install fails in its own way
         found["problem"] = " ".join(str(error).split())
     found["interpret"] = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
-    found["obstacle"] = obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found["obstacle"] = obstacle(device)
+    found["impl"], found["refusal"] = os.environ.get("HALOS_IMPL") or None, None
+    try:
+        use_triton("auto", device)
+    except ValueError as error:
+        found["refusal"] = str(error)
     return found
 
 

@@ -125,9 +125,13 @@ def _judge_precision(device: str, speeds: dict[str, float | None]) -> Verdict:
 
 def _judge_triton(state: Report) -> Iterator[Verdict]:
     if state["interpret"]:
-        text = "TRITON_INTERPRET is set: Triton kernels would run in the interpreter, thousands of times slower"
+        text = "TRITON_INTERPRET is set: Triton kernels that are asked for run in the interpreter, far slower"
         yield Verdict("warning", text, "unset TRITON_INTERPRET")
-    if state["obstacle"]:
+    if state["refusal"]:
+        yield Verdict("wrong", f"every run would fail: {state['refusal']}", "unset HALOS_IMPL")
+    elif state["impl"]:
+        yield Verdict("note", f"HALOS_IMPL={state['impl']} chooses what computes log-probabilities")
+    elif state["obstacle"]:
         yield Verdict("note", f"halos_kernels runs PyTorch operators over vocabulary chunks: {state['obstacle']}")
 
 

@@ -127,7 +127,10 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
     """ValueError (on CUDA a device-side assertion) unless all are in [0, V)."""
     require_values(
         ((targets >= 0) & (targets < vocabulary)).all(),
-        lambda: f"targets must be in [0, {vocabulary}), got {targets.min().item()} to {targets.max().item()}",
+        lambda: (
+            f"targets must be in [0, {vocabulary}), got {targets.min().item()} to {targets.max().item()}; "
+            "select the rows to score first, there is no ignore_index"
+        ),
     )
 
 

@@ -51,7 +51,7 @@ def linear_logp(
     Args:
         hidden: [N, d] hidden states, each the predictor of one target.
         weight: [V, d] rows of the output layer. Unsharded: a DTensor is refused.
-        targets: [N] integers in [0, V).
+        targets: [N] integers in [0, V). No value means "ignore": select the rows to score before.
         bias: [V], -inf where a token is forbidden (with a softcap it only gets the smallest logit).
         logit_scale: Multiplies the logits, bias included.
         softcap: Bound of the logits' magnitude, > 0.
@@ -63,7 +63,8 @@ def linear_logp(
             stands for "auto".
 
     Returns:
-        `logp`, `lse` and `entropy` [N] in nats: float64 if any of hidden, weight, bias is, else float32.
+        `logp`, `lse` and `entropy` [N] in nats (None unless asked for): float64 if any of hidden, weight, bias is, else
+        float32.
 
     Raises:
         ValueError: on a shape, dtype, device, number or `impl` other than the above, naming the argument and what it

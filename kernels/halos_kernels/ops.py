@@ -173,8 +173,11 @@ def linear_logp_multi(
 ) -> list[Tensor]:
     """logp, lse and, if asked for, entropy [N] of one head after another. A softcap of 0 is none."""
     rest = zip(hiddens, weights, biases, scales, softcaps, temperatures, strict=True)
-    for weight in weights:
-        check_targets(targets, weight.shape[0])
+    for i, weight in enumerate(weights):
+        try:
+            check_targets(targets, weight.shape[0])
+        except ValueError as error:
+            raise ValueError(f"heads[{i}]: {error}") from None
     calls = [_inputs(h, w, b, targets, scale, softcap or None, t) for h, w, b, scale, softcap, t in rest]
     with _computing(targets):
         outs = forward_multi(impl, calls, entropy=entropy)

@@ -35,7 +35,8 @@ def seq_logratio(logp: Tensor, ref_logp: Tensor | None, cu_seqlens: Tensor, *, i
         impl: "triton", "eager" or "auto", as of `linear_logp`.
 
     Returns:
-        `logratio`, `logp`, `ref_logp` [B] in the inputs' dtype.
+        `logratio`, `logp`, `ref_logp` [B] in the inputs' dtype. Without a reference `logratio` equals `logp`, and
+        `ref_logp` is None.
 
     Raises:
         ValueError: on any other shape, dtype or device, naming the argument and what it got. Half precision is refused:

@@ -203,8 +203,12 @@ def test_gate_has_its_own_shape_and_its_exit_code(
 
     monkeypatch.setattr(kernels, "ONE_THIRD", kernels.TINY)
     monkeypatch.setattr(kernels, "measure", measure)
-    assert kernels.main(["--gate"]) == 1
-    assert capsys.readouterr().err == "times_naive: 1.30, at most 1.1 was asked\n"
+    for load in (0.0, 3.0):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert kernels.main(["--gate"]) == 1
+        told = capsys.readouterr().err.splitlines()
+        assert told[0] == "times_naive: 1.30, at most 1.1 was asked"
+        assert ["busy machine" in line for line in told[1:]] == [True] * (load > 0)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ def test_why_the_kernels_do_not_run_is_asked_of_them(monkeypatch: pytest.MonkeyP
         with pytest.raises(ValueError, match="impl='triton' cannot serve this call") as caught:
             linear_logp(hidden, hidden, targets, impl="triton")
         assert str(caught.value).endswith(machine.triton()["obstacle"])
+    monkeypatch.setenv("HALOS_IMPL", "fast")
+    assert machine.triton()["refusal"].startswith("HALOS_IMPL must be one of")
     monkeypatch.setattr(dispatch, "_import_error", lambda: "Triton cannot be imported (no such thing)")
     assert machine.triton()["obstacle"] == "Triton cannot be imported (no such thing)"
 

@@ -23,7 +23,8 @@ REPORT: dict[str, Any] = {
     "processor": {"model": "Abacus", "cores": 4, "usable_cores": 2.0, "threads": 2},
     "memory": {"total_mib": 8192, "available_mib": 4096},
     "accelerators": {"cuda": [], "mps": False, "built_for": "cpu", "nvidia_driver": False},
-    "triton": {"version": "3.6", "target": None, "problem": "no driver", "interpret": False, "obstacle": "no GPU"},
+    "triton": {"version": "3.6", "target": None, "problem": "no driver", "interpret": False, "obstacle": "no GPU",
+               "impl": None, "refusal": None},
     "measured": {
         "products": {"cpu": {"float32": 100.0, "bfloat16": 100.0}},
         "threads": {"1": {"small": 10.0, "large": 50.0}, "2": {"small": 10.0, "large": 100.0}},
@@ -90,6 +91,12 @@ def test_what_is_wrong_ends_in_a_remedy(changes: dict[str, Any], text: str, reme
     assert text in wrong.text
     assert wrong.remedy is not None
     assert remedy in wrong.remedy
+
+
+def test_an_implementation_that_cannot_serve() -> None:
+    (wrong,) = [x for x in verdicts(triton__impl="triton", triton__refusal="no way") if x.mark == "wrong"]
+    assert (wrong.text, wrong.remedy) == ("every run would fail: no way", "unset HALOS_IMPL")
+    assert "HALOS_IMPL=eager chooses" in " ".join(x.text for x in verdicts(triton__impl="eager"))
 
 
 def test_a_driver_that_torch_does_not_see() -> None:

@@ -101,5 +101,5 @@ def test_heads_may_be_one_or_any_iterable_but_must_be_heads():
 
 def test_a_target_outside_one_of_the_vocabularies():
     made = [Head(torch.zeros(2, 3), torch.zeros(v, 3)) for v in (9, 4)]
-    with pytest.raises(ValueError, match=r"targets must be in \[0, 4\), got 0 to 7"):
+    with pytest.raises(ValueError, match=r"heads\[1\]: targets must be in \[0, 4\), got 0 to 7; select"):
         linear_logp_multi(made, torch.tensor([0, 7]))
