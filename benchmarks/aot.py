@@ -209,7 +209,7 @@ def _read_cubin(result: Result, cubin: bytes, tools: Path) -> Result:
     if not found:
         raise ValueError(f"no resource usage in {usage[:100]!r}")
     result.registers, result.spilled = int(found[1]), int(found[2])
-    names = {name for names in INSTRUCTIONS.values() for name in names} | {"LDL", "STL", "MUFU"}
+    names = {name for names in INSTRUCTIONS.values() for name in names}
     words = re.findall(r"\b[A-Z][A-Z0-9]+\b", code)
     result.instructions = {name: words.count(name) for name in sorted(names) if name in words}
     return result

@@ -8,6 +8,7 @@ import pytest
 import torch
 from halos_kernels import Head, dispatch, linear_logp, linear_logp_multi, seq_logratio
 from halos_kernels.chunks import LIMITS, Limits
+from halos_kernels.inputs import Inputs, Transform
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda covers it without the interpreter")
@@ -270,19 +271,21 @@ def test_descriptors_give_the_bits_of_pointers(strategy, monkeypatch):
     runs = []
     for there in (False, True):
         monkeypatch.setattr(tiled, "DESCRIPTORS", ("interpreter",) if there else ())
-        assert tiled._operands([_inputs(hidden, weight, targets)], dispatch.tile("forward", "interpreter"))[1] is there
+        assert (
+            tiled._operands(
+                [Inputs(hidden, weight, None, targets, Transform(), 70)], dispatch.tile("forward", "interpreter")
+            )[1]
+            is there
+        )
         out = linear_logp(hidden, weight, targets, impl="triton")
         runs.append((*out[:2], *torch.autograd.grad(out.logp.sum(), (hidden, weight))))
     assert all(map(torch.equal, *runs))
     odd = torch.randn(4, 9, dtype=torch.bfloat16)  # rows of 18 bytes
-    heads = [_inputs(hidden, weight, targets), _inputs(odd, odd, targets[:4])]
+    heads = [
+        Inputs(hidden, weight, None, targets, Transform(), 70),
+        Inputs(odd, odd, None, targets[:4], Transform(), 4),
+    ]
     assert not tiled._operands(heads, dispatch.tile("forward", "interpreter"))[1], "pointers for both, or none"
-
-
-def _inputs(hidden, weight, targets):
-    from halos_kernels.inputs import Inputs, Transform
-
-    return Inputs(hidden, weight, None, targets, Transform(), len(targets))
 
 
 def test_no_tokens():

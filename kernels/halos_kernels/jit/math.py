@@ -61,9 +61,8 @@ def dlogits_from(u, hit, lse, entropy, g, g_entropy, inner, outer, SOFTCAP: tl.c
     p = tl.exp2(z)
     du = g[:, None] * (tl.where(hit, 1.0, 0.0) - p)
     if ENTROPY:
-        du -= (
-            g_entropy[:, None] * p * (tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL) * LN2 + entropy[:, None])
-        )
+        log_p = tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL) * LN2
+        du -= g_entropy[:, None] * p * (log_p + entropy[:, None])
     if SOFTCAP:
         du *= 1.0 - t * t
     return du
