@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -217,15 +216,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=writable, help="JSON; default: results/kernels-DEVICE.json, none for quick and gate"
     )
-    parser.add_argument("--plot", type=writable, metavar="PNG", help="draw the rows (needs matplotlib)")
+    parser.add_argument("--plot", type=writable, metavar="PNG", help="draw the rows")
     parser.add_argument("--commit", help="for the report, where the folder has no history")
     options = parser.parse_args(argv)
     there = torch.cuda.is_available()
     fixed = [x for x in ("shapes", "dtypes", "passes", "peers", "quick") if options.gate and getattr(options, x)]
     if fixed:
         parser.error(f"--gate has its own shape, dtype, pass and peers: leave out --{fixed[0]}")
-    if options.plot is not None and find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install 'halos-pl[plots]'")
     options.device = options.device or ("cuda" if there and not options.gate else "cpu")
     if options.device == "cuda" and not there:
         parser.error("--device cuda: torch finds no GPU")

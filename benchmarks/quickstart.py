@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(FITS), default=list(FITS))
     parser.add_argument("--work", type=Path, default=Path("runs", "quickstart"), help="folder of the runs")
-    parser.add_argument("--picture", type=Path, help="draw the curves of seed 0 to this file (needs matplotlib)")
+    parser.add_argument("--picture", type=Path, help="draw the curves of seed 0 to this file")
     parser.add_argument("--fit", nargs=argparse.REMAINDER, default=[], help="last: more options for every fit")
     options = parser.parse_args(argv)
     options.work = options.work.resolve()

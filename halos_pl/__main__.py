@@ -8,7 +8,7 @@ from io import TextIOWrapper
 
 from halos_pl import __version__
 
-COMMANDS = ("fit", "validate", "test", "predict", "chat", "doctor")
+COMMANDS = ("fit", "validate", "test", "predict", "chat", "objectives", "plot", "doctor")
 HELP = f"""\
 halos-pl {__version__}: align language models with human-aware losses.
 
@@ -20,6 +20,8 @@ commands:
   test       the same on the test rows
   predict    score every test row and write runs/NAME/predictions.jsonl
   chat       talk to a model: chat DIR
+  objectives every loss that ships, what it needs and what it costs
+  plot       draw a figure of the KTO report: plot value-functions
   doctor     what is installed, which devices there are, and what is fast here
 
 examples:
@@ -28,6 +30,7 @@ examples:
   python -m halos_pl fit --config recipes/dpo.yaml --model.policy MODEL --data.train pairs.jsonl
   python -m halos_pl fit --config kto.yaml --print_config
   python -m halos_pl chat runs/kto
+  python -m halos_pl plot value-functions --out figure-4.pdf
   python -m halos_pl doctor
 
 The first one needs nothing but this package: it aligns the small model that ships, on the feedback that ships.
@@ -57,6 +60,14 @@ def main(argv: list[str] | None = None) -> int:
         from halos_pl.chat.command import main as chat
 
         return chat(argv[1:])
+    if argv[0] == "objectives":
+        from halos_pl.objectives import main as objectives
+
+        return objectives(argv[1:])
+    if argv[0] == "plot":
+        from halos_pl.plots.command import main as plot
+
+        return plot(argv[1:])
     if argv[0] == "doctor":
         from halos_pl.doctor.report import main as doctor
 

@@ -91,6 +91,7 @@ class UnpairedBatch(Batch):
     """Single completions with a thumbs-up or thumbs-down."""
 
     desirable: Tensor  # [B] bool
+    score: Tensor | None = None  # [B] float32: rewards of the data, where the objective asks for them
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,10 @@ class CompletionLogps(_Carrier):
     length: Tensor  # [R] int64 scored tokens, EOS included
     token_logp: Tensor  # [N] policy
     ref_logp: Tensor | None = None  # [R]
-    token_ref_logp: Tensor | None = None  # [N]
+    token_logratio: Tensor | None = None  # [N]
     entropy: Tensor | None = None  # [N] of the policy's next-token distribution, where asked for
+    value: Tensor | None = None  # [N] by the value head, where there is one: expected return from the token on
+    score: Tensor | None = None  # [R] rewards of the data, where the objective asks for them
 
     def pairs(self) -> tuple[CompletionLogps, CompletionLogps]:
         """Chosen and rejected halves of 2B rows (sequence-level fields only; the token fields stay whole)."""
@@ -146,3 +149,6 @@ class DataNeeds:
     max_positions: int | None  # of the shorter of the two; None where no configuration sets a limit
     reference: str | None = None  # folder or hub name, where it is another than the policy's
     trust_remote_code: bool = False
+    control: tuple[str, str] | None = None  # ends the prompts of desirable and of undesirable completions (CSFT)
+    scores: bool = False  # every row brings its reward, a number under the key `score`
+    equal_halves: bool = False  # every micro-batch holds as many desirable as undesirable rows (KTO v1)

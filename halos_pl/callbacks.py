@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from halos_pl.data import AlignmentData
 from halos_pl.evaluate import Evaluation
-from halos_pl.losses import KTO
 from halos_pl.model_card import model_card
 from halos_pl.models import ModelError, export_policy
 from halos_pl.module import AlignmentModule
@@ -115,7 +115,7 @@ class RunReport(L.Callback):
         assert pl_module.policy is not None
         card = model_card(pl_module, data, self.before, self.after, steps=trainer.global_step)
         made_here = pl_module.source.config is not None
-        export_policy(pl_module.policy.lm, data.tokenizer, self.folder / "policy", card, adopt_ids=made_here)
+        export_policy(pl_module.policy.lm, data.sampling_tokenizer, self.folder / "policy", card, adopt_ids=made_here)
         evaluation = next((x for x in _all(trainer) if isinstance(x, Evaluation)), None)
         if self.after:
             self.console.print(self.table())
@@ -198,21 +198,47 @@ def describe(module: AlignmentModule) -> str:
     return "\n".join([*lines, f"objective: {module.objective}"])
 
 
-def balance(objective: KTO, desirable: NDArray[np.bool_]) -> str:
-    """How much the two classes weigh, with a note outside the range that the KTO paper advises.
+class Weighted(Protocol):
+    """An objective whose two classes have weights."""
+
+    @property
+    def desirable_weight(self) -> float: ...
+
+    @property
+    def undesirable_weight(self) -> float: ...
+
+
+def balance(objective: Weighted, desirable: NDArray[np.bool_]) -> str:
+    """How much the two classes weigh; outside the range that the KTO paper advises, the weight that leads there.
 
     Args:
         objective: its weights.
         desirable: [rows] labels.
     """
-    up = objective.desirable_weight * int(desirable.sum())
-    down = objective.undesirable_weight * int((~desirable).sum())
+    weights = {"desirable": objective.desirable_weight, "undesirable": objective.undesirable_weight}
+    up = weights["desirable"] * int(desirable.sum())
+    down = weights["undesirable"] * int((~desirable).sum())
     if not up or not down:
         return "balance: one class has no weight"
-    note = (
-        "" if 0.95 <= up / down <= 1.4 else "; the paper advises 1 to 4/3: set desirable_weight or undesirable_weight"
+    ratio = up / down
+    told = f"desirable rows weigh {ratio:.2f} times the undesirable ones"
+    if 0.99 <= ratio <= 1.01 * 4 / 3:
+        return f"balance: {told}"
+    lighter, other = ("desirable", "undesirable") if ratio < 1 else ("undesirable", "desirable")
+    low, high = (1 / ratio, 4 / 3 / ratio) if ratio < 1 else (ratio * 3 / 4, ratio)
+    least, most = _rounded(weights[lighter] * low, up=True), _rounded(weights[lighter] * high, up=False)
+    return (
+        f"warning: {told} (λ_D n_D / (λ_U n_U)); the paper advises 1 to 4/3: --model.objective.{lighter}_weight "
+        f"{least} to {most} (with {other}_weight {weights[other]:g})"
+        + ("; below 1 is a choice for preventing harm" if ratio < 1 else "")
     )
-    return f"balance: desirable rows weigh {up / down:.2f} times the undesirable ones{note}"
+
+
+def _rounded(x: float, *, up: bool) -> str:
+    """Three digits, never past x in the wrong direction."""
+    unit = 10.0 ** (math.floor(math.log10(x)) - 2)
+    digits = math.ceil(x / unit - 1e-9) if up else math.floor(x / unit + 1e-9)
+    return f"{digits * unit:.6g}"
 
 
 def _all(trainer: L.Trainer) -> list[L.Callback]:

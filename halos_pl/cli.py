@@ -22,10 +22,10 @@ from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport, balance, 
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.evaluate import Evaluation
-from halos_pl.losses import Objective
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 from halos_pl.nano.shipped import refuse_mixture
+from halos_pl.objective_choice import own_defaults
 from halos_pl.parser_errors import explain
 from halos_pl.quiet import quieten
 from halos_pl.run_folder import ENV, RunError, RunFolder, claim, find_checkpoint
@@ -41,8 +41,10 @@ TRAINER_DEFAULTS = {
 
 
 _CLASSES = {
-    f"model.{key}": {x.__name__: x for x in vars(module).values() if isinstance(x, type) and x is not base}
-    for key, module, base in (("objective", losses, Objective), ("optimizer", torch.optim, torch.optim.Optimizer))
+    "model.objective": {x.__name__: x for x in losses.OBJECTIVES},
+    "model.optimizer": {
+        x.__name__: x for x in vars(torch.optim).values() if isinstance(x, type) and x is not torch.optim.Optimizer
+    },
 }
 
 
@@ -174,7 +176,7 @@ class HalosCLI(LightningCLI):
         self.datamodule.setup(self.subcommand)
         for stage, dataset in self.datamodule.datasets.items():
             rank_zero_only(print)(f"{stage}: {dataset.report}")
-        if self.subcommand == "fit" and isinstance(self.model.objective, losses.KTO):
+        if self.subcommand == "fit" and hasattr(self.model.objective, "desirable_weight"):
             rank_zero_only(print)(balance(self.model.objective, self.datamodule.datasets["train"].labels))
         if self.subcommand in ("fit", "validate"):
             self.evaluation.read(self.datamodule)
@@ -249,7 +251,7 @@ def run(argv: list[str]) -> int:
     """
     quieten()
     try:
-        sys.argv[1:] = resolve_configs(argv)  # ranks that Lightning launches parse it again
+        sys.argv[1:] = own_defaults(resolve_configs(argv))  # ranks that Lightning launches parse it again
         HalosCLI()
     except SIGTERMException:
         print("halos_pl: ended by SIGTERM; go on with --name NAME --ckpt_path last", file=sys.stderr)

@@ -12,19 +12,24 @@ from torchmetrics import Metric
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, UnpairedBatch
 
 FORMULAS = {
-    "loss": "mean of the objective's losses over examples (over scored tokens for SFT)",
-    "kl": "z0, the reference point in force: max(0, kl_raw) of each micro-batch (kl_raw itself without a reference)",
+    "loss": "mean of the objective's losses over examples (over scored tokens for SFT, CSFT and offline PPO)",
+    "kl": "z0, the reference point in force: max(0, kl_raw) of each micro-batch (kl_raw itself without a reference); "
+    "the running mean of log-ratios for BCO",
     "kl_raw": "mean r(x, y′) over mismatched completions, before the clamp at 0",
     "kl_unclamped": "share of micro-batches whose kl_raw is above 0",
-    "rewards/desirable": "mean implied reward β·r over desirable (chosen) completions",
-    "rewards/undesirable": "mean implied reward β·r over undesirable (rejected) completions",
+    "rewards/desirable": "mean implied reward (β·r, or the objective's own) over desirable (chosen) completions",
+    "rewards/undesirable": "the same over undesirable (rejected) completions",
     "rewards/margin": "rewards/desirable − rewards/undesirable",
     "rewards/accuracy": "pairs: share with reward(chosen) > reward(rejected); else: share with (r > z0) = desirable",
-    "pair_accuracy": "pairs: share whose chosen completion is the likelier one under the policy (summed logp)",
+    "pair_accuracy": "pairs: share whose chosen completion is the likelier one under the policy (summed logp; the mean "
+    "of a token where the objective is length-normalised)",
     "logps/desirable": "mean log-probability of desirable (chosen) completions under the policy, nats a completion",
     "logps/undesirable": "mean log-probability of undesirable (rejected) completions under the policy",
     "logps/all": "mean log-probability of demonstrations under the policy (SFT)",
     "token_nll": "mean −log-probability of a scored token under the policy, nats",
+    "humanline/unclamped": "share of tokens whose log-ratio the humanline clamp leaves as it is",
+    "ppo/clipped": "share of tokens that offline PPO's clip leaves without a gradient",
+    "ppo/critic_loss": "mean ½(value − return)² of the value head",
     "entropy": "mean entropy of the policy's next-token distribution at scored tokens, nats (log_entropy)",
     "completion_tokens": "mean scored tokens of a completion, EOS included",
     "grad_norm": "mean over the steps since the last log of the Euclidean norm of the whole gradient, before clipping",
@@ -101,6 +106,9 @@ def batch_values(
     rewards: Tensor | None,
     z0: Tensor | None,
     kl_raw: Tensor | None,
+    diagnostics: Mapping[str, Tensor] | None = None,
+    *,
+    length_normalised: bool = False,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """What one micro-batch contributes.
 
@@ -111,15 +119,20 @@ def batch_values(
         rewards: implied rewards [R], or None where the objective has none.
         z0: reference point in force, 0-d, or None.
         kl_raw: the same before the clamp.
+        diagnostics: name → [any] values to average.
+        length_normalised: whether pairs are compared by mean log-probability.
     """
     values: dict[str, tuple[Tensor, Tensor | None]] = {
         "loss": (losses, None),
         "token_nll": (-scores.token_logp, None),
         "completion_tokens": (scores.length, None),
     }
-    if kl_raw is not None and z0 is not None:
-        rows = None if batch.mismatched is None else torch.full_like(kl_raw, batch.mismatched.num_rows)
-        values |= {"kl": (z0, rows), "kl_raw": (kl_raw, rows), "kl_unclamped": (kl_raw > 0, None)}
+    values |= {name: (value, None) for name, value in (diagnostics or {}).items()}
+    if z0 is not None:
+        rows = None if batch.mismatched is None else torch.full_like(z0, batch.mismatched.num_rows)
+        values["kl"] = (z0, rows)
+        if kl_raw is not None:
+            values |= {"kl_raw": (kl_raw, rows), "kl_unclamped": (kl_raw > 0, None)}
     if scores.entropy is not None:
         values["entropy"] = (scores.entropy, None)
     if not isinstance(batch, (UnpairedBatch, PairedBatch)):
@@ -130,7 +143,7 @@ def batch_values(
     if rewards is not None:
         values |= {f"rewards/{side}": (rewards, mask) for side, mask in sides.items()}
     if isinstance(batch, PairedBatch):
-        chosen, rejected = scores.logp.chunk(2)
+        chosen, rejected = (scores.logp / scores.length if length_normalised else scores.logp).chunk(2)
         values["pair_accuracy"] = (chosen > rejected, None)
         if rewards is not None:
             better, worse = rewards.chunk(2)

@@ -42,7 +42,7 @@ def model_card(
         "",
         f"- policy at the start: `{base or 'random weights'}`",
         f"- reference: `{reference}`",
-        f"- objective: `{objective!r}`",
+        f"- objective: `{objective}`",
         *(f"- {stage} data: `{data.sources[stage][0]}`: {dataset.report}" for stage, dataset in data.datasets.items()),
         "",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from halos_pl import resume
 from halos_pl.accumulation import StepMean
-from halos_pl.batch import Batch, CompletionLogps, DataNeeds, PairedBatch, Sequences, UnpairedBatch
-from halos_pl.losses import KTO, Objective
-from halos_pl.metrics import Averages, TokenClock, batch_values
+from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, UnpairedBatch
+from halos_pl.losses import KTO, NaNError, Objective
+from halos_pl.metrics import Averages, TokenClock, Values, batch_values
 from halos_pl.models import (
     ModelError,
     ModelSource,
@@ -27,8 +28,9 @@ from halos_pl.models import (
     load_model,
     verify_head,
 )
+from halos_pl.needs import data_needs, reference_source
 from halos_pl.schedule import Schedule, learning_rate
-from halos_pl.scoring import Scorer, compare, global_mean, per_token, reference_point, score_both
+from halos_pl.scoring import RunningMean, Scorer, compare, global_mean, per_token, reference_point, score_both
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -41,17 +43,18 @@ class Evaluation(NamedTuple):
     rewards: Tensor | None  # [R]
     z0: Tensor | None  # 0-d
     kl_raw: Tensor | None  # 0-d
+    diagnostics: Mapping[str, Tensor]  # what else the objective has to say, [any] each
 
 
 class AlignmentModule(L.LightningModule):
     """A policy that an objective aligns against a frozen reference.
 
     Args:
-        objective: The loss: KTO, DPO, SFT or a class of your own.
+        objective: The loss: KTO, DPO or any other that `python -m halos_pl objectives` lists, or a class of your own.
         policy: Folder in Hugging Face format, or hub name.
         reference: `copy` (the policy as it was at the start, frozen), `none`, or a folder or hub name. Objectives that
-            compare with nothing (SFT) load none. KTO without a reference uses mean token log-probabilities and a z0
-            that is not clamped (KTO paper, reference-free variant); DPO refuses.
+            compare with nothing (SFT, SimPO …) load none. KTO without a reference uses mean token log-probabilities and
+            a z0 that is not clamped (KTO paper, reference-free variant); other objectives refuse.
         config: Random weights instead of `policy`: a config.json, its folder, or its content.
         tokenizer: Folder or hub name. Default: the policy's.
         dtype: Of the weights: float32, bfloat16 or float64. For mixed precision keep float32 here and set
@@ -89,7 +92,7 @@ class AlignmentModule(L.LightningModule):
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be an instance such as KTO(beta=0.1), got {objective!r}")
         self.source = ModelSource(policy, config, dtype, dropout, attn_implementation, trust_remote_code, init_seed)
-        self.reference_source = _reference_source(objective, self.source, reference)
+        self.reference_source = reference_source(objective, self.source, reference)
         tokenizer = tokenizer or policy
         if tokenizer is None:
             raise ValueError("--model.config brings no tokenizer: name one with --model.tokenizer FOLDER_OR_HUB_NAME")
@@ -100,17 +103,10 @@ class AlignmentModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self._settings = resume.settings(objective, optimizer, schedule)
         models = [self.source, *([self.reference_source] if self.reference_source else [])]
-        self.data_needs = DataNeeds(
-            view=objective.view,
-            mismatched=objective.needs_reference_point,
-            tokenizer=tokenizer,
-            vocab_size=min(model.vocab_size for model in models),
-            max_positions=min((model.max_positions for model in models if model.max_positions), default=None),
-            reference=None if models[-1] is self.source else models[-1].name,
-            trust_remote_code=trust_remote_code,
-        )
+        self.data_needs = data_needs(objective, models, tokenizer, trust_remote_code=trust_remote_code)
         self.policy: Scorer | None = None
         self.reference: Scorer | None = None
+        self.running_mean = RunningMean() if objective.reference_point_from == "running_mean" else None
         self.train_averages, self.val_averages = Averages(), Averages()
         self._step_mean, self._stepped = StepMean(), False
         self._clock = TokenClock()
@@ -131,7 +127,7 @@ class AlignmentModule(L.LightningModule):
             self.reference = Scorer(reference).requires_grad_(False).eval()
         if self.gradient_checkpointing:
             enable_checkpointing(lm)
-        self.policy = Scorer(lm)
+        self.policy = Scorer(lm, value_head=self.objective.needs_value_head)
 
     def train(self, mode: bool = True) -> AlignmentModule:
         super().train(mode)
@@ -143,7 +139,7 @@ class AlignmentModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         result = self.evaluate(batch)
-        self.train_averages.update(batch_values(batch, **result._asdict()))
+        self.train_averages.update(self._values(batch, result))
         self._clock.add(batch)
         return self._step_mean.normalize(result.losses)
 
@@ -151,9 +147,17 @@ class AlignmentModule(L.LightningModule):
         """The objective on one micro-batch: the one path that training and validation of every loss take."""
         z0, kl_raw = self.estimate_z0(batch.mismatched)
         scores = self.score(batch.completions, entropy=self.log_entropy)
+        if self.running_mean is not None:
+            z0 = self.running_mean(scores.logratio)
         desirable = batch.desirable if isinstance(batch, (UnpairedBatch, PairedBatch)) else None
-        losses = self.objective.losses(scores, desirable, z0)
-        return Evaluation(losses, scores, self.objective.rewards(scores), z0, kl_raw)
+        if isinstance(batch, UnpairedBatch):
+            scores = replace(scores, score=batch.score)
+        try:
+            losses = self.objective.losses(scores, desirable, z0)
+        except NaNError as error:
+            raise self._diverged(str(error)) from error
+        diagnostics = self.objective.diagnostics(scores, desirable)
+        return Evaluation(losses, scores, self.objective.rewards(scores), z0, kl_raw, diagnostics)
 
     def score(self, rows: Sequences, *, entropy: bool = False) -> CompletionLogps:
         """Policy against reference on token rows; only the policy's part carries a gradient."""
@@ -162,7 +166,8 @@ class AlignmentModule(L.LightningModule):
         if self.reference is None:
             scores = compare(self.policy(rows, entropy=entropy), None, rows)
         else:
-            scores = compare(*score_both(self.policy, self.reference, rows, entropy=entropy), rows)
+            both = score_both(self.policy, self.reference, rows, entropy=entropy)
+            scores = compare(*both, rows, clamp=self.objective.token_clamp)
         return per_token(scores) if self.is_reference_free else scores
 
     @torch.no_grad()
@@ -181,7 +186,10 @@ class AlignmentModule(L.LightningModule):
         return self.objective.needs_reference and self.reference is None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_averages.update(batch_values(batch, **self.evaluate(batch)._asdict()))
+        self.val_averages.update(self._values(batch, self.evaluate(batch)))
+
+    def _values(self, batch: Batch, result: Evaluation) -> Values:
+        return batch_values(batch, **result._asdict(), length_normalised=self.objective.length_normalised)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
@@ -248,14 +256,16 @@ class AlignmentModule(L.LightningModule):
     def _training_values(self) -> dict[str, Tensor | float]:
         values: dict[str, Tensor | float] = dict(self.train_averages.compute())
         if not math.isfinite(values.get("loss", 0.0)):
-            raise ModelError(
-                f"the loss is not finite any more at step {self.global_step}: lower --model.optimizer.lr, or raise "
-                "--model.warmup; nothing is exported"
-            )
+            raise self._diverged("the loss is not finite any more")
         self.train_averages.reset()
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         values["tokens_per_second"] = self._clock.rate() * self.trainer.world_size
         return values
+
+    def _diverged(self, what: str) -> ModelError:
+        step = self.global_step if self._trainer is not None else 0
+        remedy = "lower --model.optimizer.lr, or raise --model.warmup; nothing is exported"
+        return ModelError(f"{what} at step {step}: {remedy}")
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -282,19 +292,3 @@ class AlignmentModule(L.LightningModule):
             resume.check(checkpoint, self._settings)
         own = self.state_dict()
         checkpoint["state_dict"] |= {k: v for k, v in own.items() if k.startswith("reference.")}
-
-
-def _reference_source(objective: Objective, policy: ModelSource, reference: str) -> ModelSource | None:
-    if not objective.needs_reference:
-        if reference not in ("copy", "none"):
-            name = type(objective).__name__
-            raise ValueError(f"{name} compares with no reference: leave --model.reference {reference} out")
-        return None
-    if reference == "none":
-        if objective.reference_free == "refused":
-            raise ValueError(
-                f"{type(objective).__name__} compares policy and reference and has no reference-free form: "
-                "set --model.reference copy, or a folder or hub name"
-            )
-        return None
-    return policy if reference == "copy" else replace(policy, name=reference, config=None)

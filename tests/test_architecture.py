@@ -17,6 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.value": set(),
     "halos_pl.accumulation": set(),
     "halos_pl.losses": {"halos_pl.batch", "halos_pl.value"},
+    "halos_pl.halo": {"halos_pl.batch", "halos_pl.losses", "halos_pl.value"},
     "halos_pl.data": {
         *("halos_pl.batch", "halos_pl.nano"),
         *("datasets", "transformers", "tokenizers", "lightning", "numpy", "pyarrow", "jinja2"),
@@ -31,8 +32,11 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.metrics": {"halos_pl.batch", "torchmetrics"},
     "halos_pl.module": {
         *("halos_pl.accumulation", "halos_pl.batch", "halos_pl.losses", "halos_pl.metrics", "halos_pl.models"),
-        *("halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring", "halos_kernels", "lightning"),
+        *("halos_pl.needs", "halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring", "halos_kernels", "lightning"),
     },
+    "halos_pl.objective_choice": {"halos_pl.losses", "yaml"},
+    "halos_pl.objectives": {"halos_pl.losses"},
+    "halos_pl.needs": {"halos_pl.batch", "halos_pl.losses", "halos_pl.models"},
     "halos_pl.schedule": {"halos_pl.models", "transformers"},
     "halos_pl.resume": {"halos_pl.models"},
     "halos_pl.run_folder": {"lightning"},
@@ -64,8 +68,16 @@ LAYERS: dict[str, set[str]] = {
         "numpy",
         "transformers",
     },
+    "halos_pl.plots": {"halos_pl.value", "matplotlib", "numpy"},
     "halos_pl.doctor": {"halos_pl", "halos_kernels", "packaging", "rich", "triton"},
-    "halos_pl.__main__": {"halos_pl", "halos_pl.chat", "halos_pl.cli", "halos_pl.doctor"},
+    "halos_pl.__main__": {
+        "halos_pl",
+        "halos_pl.chat",
+        "halos_pl.cli",
+        "halos_pl.doctor",
+        "halos_pl.objectives",
+        "halos_pl.plots",
+    },
 }
 STANDARD = {"torch", "__future__"} | set(__import__("sys").stdlib_module_names)
 FILES = sorted([*ROOT.glob("halos_pl/**/*.py"), *ROOT.glob("kernels/**/*.py")])

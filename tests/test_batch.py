@@ -80,7 +80,7 @@ def test_pairs_split_every_field_of_a_row_and_no_field_of_a_token() -> None:
         old, first, second = (getattr(x, name) for x in (whole, chosen, rejected))
         assert torch.equal(torch.cat([first, second]), old)
         assert len(first) == len(second) == 2
-    for name in ("token_logp", "token_ref_logp", "entropy"):
+    for name in ("token_logp", "token_logratio", "entropy"):
         assert getattr(chosen, name) is getattr(rejected, name) is getattr(whole, name)
 
 

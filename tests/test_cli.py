@@ -185,7 +185,7 @@ def test_several_configs_and_overrides(fit: Run, tmp_path: Path, capsys: Any) ->
     assert printed["model"]["objective"]["init_args"]["desirable_weight"] == 1.2
     assert fit("--model.objective", "DPO", "--model.objective.beta", "0.4", "--print_config") == 0
     objective = yaml.safe_load(capsys.readouterr().out)["model"]["objective"]
-    assert objective == {"class_path": "halos_pl.losses.DPO", "init_args": {"beta": 0.4}}
+    assert objective == {"class_path": "halos_pl.losses.DPO", "init_args": {"beta": 0.4, "humanline": None}}
     assert not (tmp_path / "runs").exists()
 
 

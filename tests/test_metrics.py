@@ -14,7 +14,7 @@ from torch import Tensor
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, SFTBatch, UnpairedBatch
 from halos_pl.data import AlignmentData
 from halos_pl.data.collate import sequences
-from halos_pl.losses import DPO, KTO, SFT, Objective
+from halos_pl.losses import DPO, KTO, SFT, Objective, PPOOffline
 from halos_pl.metrics import FORMULAS, Averages, batch_values
 from halos_pl.module import AlignmentModule
 
@@ -184,7 +184,13 @@ def logged(objective: Objective, model: Path, file: Path) -> dict[str, float]:
 def test_every_logged_name_has_a_formula_and_every_formula_is_logged(
     tiny_model: Path, pairs_file: Path, thumbs_file: Path
 ) -> None:
-    runs = [(KTO(), thumbs_file), (KTO(), pairs_file), (DPO(), pairs_file), (SFT(), pairs_file)]
+    runs: list[tuple[Objective, Path]] = [
+        (KTO(humanline=(-1.0, 1.5)), thumbs_file),
+        (KTO(), pairs_file),
+        (DPO(), pairs_file),
+        (SFT(), pairs_file),
+        (PPOOffline(critic=True), thumbs_file),
+    ]
     seen = {stage: set() for stage in ("train", "val")}
     for objective, file in runs:
         values = logged(objective, tiny_model, file)

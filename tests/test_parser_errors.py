@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser
 
-from halos_pl import cli
+from halos_pl import cli, losses
 from halos_pl.parser_errors import explain
 
 
@@ -34,7 +34,7 @@ def explained(command_line: cli.HalosCLI, argv: list[str]) -> str:
 
 
 DTYPES = "it takes float32, bfloat16, float64"
-OBJECTIVES = "it takes DPO, KTO, SFT"
+OBJECTIVES = f"it takes {', '.join(x.__name__ for x in losses.OBJECTIVES)}"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_parameter_of_a_class_is_named_whole(key: str, command_line: cli.Halos
 def test_a_parameter_of_another_class_is_not_suggested(command_line: cli.HalosCLI) -> None:
     argv = ["--model.objective", "DPO", "--model.objective.desirable_weight", "2"]
     assert explained(command_line, argv) == (
-        "key 'desirable_weight' is a parameter of KTO, not of the class that is chosen"
+        "key 'desirable_weight' is a parameter of KTO, APOZero, BCO, not of the class that is chosen"
     )
 
 

@@ -35,6 +35,7 @@ class Collator:
         pad_to_multiple_of: padded lengths are rounded up to it.
         length_groups: blocks of rows of like length.
         pair_in_batch: y′ from the same micro-batch (the paper's way) where the items bring none.
+        scores: hand on the scores of unpaired rows; each must have one.
     """
 
     view: View
@@ -44,6 +45,7 @@ class Collator:
     pad_to_multiple_of: int = 1
     length_groups: int = 1
     pair_in_batch: bool = False
+    scores: bool = False
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         columns = list(zip(*(item.examples for item in items), strict=True))
@@ -60,7 +62,8 @@ class Collator:
         if self.view == "sft":
             return SFTBatch(completions)
         desirable = torch.tensor([bool(e.desirable) for e in examples])
-        return UnpairedBatch(completions, mismatched, desirable=desirable)
+        score = torch.tensor([e.score for e in examples], dtype=torch.float32) if self.scores else None
+        return UnpairedBatch(completions, mismatched, desirable=desirable, score=score)
 
     def _sequences(self, rows: Sequence[tuple[Tokens, Tokens]]) -> Sequences:
         rows = [(prompt, completion[: self.max_length - len(prompt)]) for prompt, completion in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Literal
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from halos_pl.batch import DataNeeds
 from halos_pl.data.collate import Collator, Item
 from halos_pl.data.dataset import DatasetBuilder, FeedbackDataset
+from halos_pl.data.options import check_ranges, refuse_unequal_halves, refuse_unused
 from halos_pl.data.records import DataError, DataWarning
 from halos_pl.data.sampling import EpochSampler
 from halos_pl.data.tokenization import CompletionTokenizer
@@ -27,7 +29,8 @@ class AlignmentData(L.LightningDataModule):
 
     A source is a JSON, JSONL or Parquet file, a folder of them, or the name of a hub dataset; several may be listed.
     Rows are `prompt, completion, label`, `prompt, chosen, rejected` or `messages`, plain or conversational. The
-    objective decides how they are read: KTO takes pairs as two labelled completions, SFT takes the desirable side.
+    objective decides how they are read: KTO takes pairs as two labelled completions, SFT takes the desirable side. A
+    single completion may have a `score`, a number for objectives that learn from rewards; it stands in for the label.
 
     Args:
         train: Source of the training rows.
@@ -49,11 +52,15 @@ class AlignmentData(L.LightningDataModule):
             rank or epoch. `batch`: the same micro-batch, as in the paper; depends on batch size and ranks, leaves out
             the last rows of an epoch that fill no batch, and applies to training rows only.
         unpair: For KTO from pairs: both members of each pair, or one at random (f(seed, row)).
-        sampler: `shuffle`, or `stratified`: equal halves of desirable and undesirable rows in every batch; the larger
-            class shows other rows each epoch.
-        shuffle_labels: Permute the labels (or swap half of the pairs) of the training rows: the control experiment.
+        sampler: `shuffle`, or `stratified`: equal halves of desirable and undesirable rows in every micro-batch of an
+            even size; the larger class shows other rows each epoch.
+        keep_desirable: Share of the desirable training rows to keep, in (0, 1] (KTO paper, figure 6): at least one row,
+            drawn by the seed, so that a smaller share is part of a larger one. From pairs, after `unpair`.
+        keep_undesirable: The same for the undesirable ones.
+        shuffle_labels: Permute the labels and scores (or swap half of the pairs) of the training rows, of those that
+            are kept: the control experiment.
         on_bad_row: `error` stops with a list of the malformed rows; `skip` goes on without them and lists them.
-        seed: Of order, y′ and random members.
+        seed: Of order, y′, random members and the rows to keep.
         num_workers: Worker processes of the loaders; rows and order do not depend on it.
         pad_to_multiple_of: Padded row lengths are rounded up to it.
         length_groups: Rows of a micro-batch are padded, and run, in this many groups of like length. More groups mean
@@ -78,6 +85,8 @@ class AlignmentData(L.LightningDataModule):
         mismatch: Literal["dataset", "batch"] = "dataset",
         unpair: Literal["both", "one"] = "both",
         sampler: Literal["shuffle", "stratified"] = "shuffle",
+        keep_desirable: float = 1.0,
+        keep_undesirable: float = 1.0,
         shuffle_labels: bool = False,
         on_bad_row: Literal["error", "skip"] = "error",
         seed: int = 0,
@@ -86,15 +95,7 @@ class AlignmentData(L.LightningDataModule):
         length_groups: int = 2,
     ) -> None:
         super().__init__()
-        least = {"batch_size": 1, "eval_batch_size": 1, "pad_to_multiple_of": 1, "length_groups": 1, "num_workers": 0}
-        choices = {"mismatch": ("dataset", "batch"), "unpair": ("both", "one"), "sampler": ("shuffle", "stratified")}
-        given = locals()
-        for name, bound in least.items():
-            if given[name] is not None and given[name] < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {given[name]}")
-        for name, allowed in choices.items():
-            if given[name] not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
+        check_ranges(locals())
         self.sources: dict[Stage, tuple[str | list[str] | None, str | None]] = {
             "train": (train, train_split),
             "validation": (validation, validation_split),
@@ -105,6 +106,7 @@ class AlignmentData(L.LightningDataModule):
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.mismatch, self.unpair, self.sampler = mismatch, unpair, sampler
+        self.keep_desirable, self.keep_undesirable = keep_desirable, keep_undesirable
         self.shuffle_labels, self.on_bad_row, self.seed = shuffle_labels, on_bad_row, seed
         self.num_workers, self.length_groups = num_workers, length_groups
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -118,8 +120,9 @@ class AlignmentData(L.LightningDataModule):
         assert self.needs is not None
         if self.encoder is None:
             self.encoder = self._encoder(self.needs)
-        self._refuse_unused(self.needs)
         stage = str(getattr(stage, "value", stage))
+        refuse_unused(vars(self), self.needs)
+        refuse_unequal_halves(vars(self), self.needs, stage)
         wanted: dict[str, tuple[Stage, ...]] = {
             "fit": ("train", "validation"),
             "validate": ("validation",),
@@ -146,24 +149,23 @@ class AlignmentData(L.LightningDataModule):
             self.needs, self._prepared_for = needs, needs
             self.encoder, self.datasets = None, {}
 
-    def _refuse_unused(self, needs: DataNeeds) -> None:
-        """An option that the objective has no use for is a mistake."""
-        unpaired = needs.view == "unpaired"
-        for option, unused in (
-            ("sampler stratified", self.sampler == "stratified" and not unpaired),
-            ("unpair one", self.unpair == "one" and not unpaired),
-            ("mismatch batch", self.mismatch == "batch" and not needs.mismatched),
-            ("shuffle_labels true", self.shuffle_labels and needs.view == "sft"),
-        ):
-            if unused:
-                raise DataError(f"data.{option}: this objective has no use for it; leave it out")
-
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """As the data use it, template and end-of-sequence token included; there from `setup` on."""
         if self.encoder is None:
             raise RuntimeError("no tokenizer yet: call setup() first (a Trainer does)")
         return self.encoder.tokenizer
+
+    @property
+    def sampling_tokenizer(self) -> PreTrainedTokenizerBase:
+        """What an exported policy is to be sampled with: where good completions have a control text (CSFT), the chat
+        template's generation prompt ends in it."""
+        tokenizer = self.tokenizer
+        assert self.encoder is not None
+        if self.encoder.sampling_template is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = self.encoder.sampling_template
+        return tokenizer
 
     def _encoder(self, needs: DataNeeds) -> CompletionTokenizer:
         try:
@@ -186,6 +188,7 @@ class AlignmentData(L.LightningDataModule):
             eos_token=self.eos_token,
             max_length=max_length,
             max_prompt_length=self.max_prompt_length,
+            control=needs.control,
         )
 
     def _compare_tokenizers(self, tokenizer: PreTrainedTokenizerBase, needs: DataNeeds) -> None:
@@ -209,7 +212,7 @@ class AlignmentData(L.LightningDataModule):
         assert source is not None
         builder = DatasetBuilder(
             encoder=self.encoder,
-            view=self.needs.view,
+            needs=self.needs,
             pair_all=self.needs.mismatched and stage != "predict" and not self._pairs_in_batch(stage),
             unpair=self.unpair,
             on_bad_row=self.on_bad_row,
@@ -221,6 +224,7 @@ class AlignmentData(L.LightningDataModule):
             split,
             training=training,
             labelled=stage != "predict",
+            keep=(self.keep_desirable, self.keep_undesirable) if training else (1.0, 1.0),
             shuffle_labels=training and self.shuffle_labels,
         )
 
@@ -245,6 +249,7 @@ class AlignmentData(L.LightningDataModule):
         assert self.needs is not None
         assert self.encoder is not None
         dataset, training = self.datasets[stage], stage == "train"
+        halves = self.sampler == "stratified" if training else self.needs.equal_halves and stage != "predict"
         world = 1 if self.trainer is None else self.trainer.world_size
         sampler = EpochSampler(
             len(dataset),
@@ -253,16 +258,16 @@ class AlignmentData(L.LightningDataModule):
             num_replicas=world,
             rank=0 if self.trainer is None else self.trainer.global_rank,
             drop_last=training,
-            labels=dataset.labels if training and self.sampler == "stratified" else None,
+            labels=dataset.labels if halves and not dataset.paired else None,
         )
         if not len(sampler):
             raise DataError(
                 f"no row is left to train on: {len(dataset)} rows on {world} ranks, sampler {self.sampler} "
                 "(stratified needs both classes)"
             )
-        if not training and len(dataset) % world:
+        if not training and (twice := sampler.total_size - (size := len(sampler.order()))):
             warnings.warn(
-                f"{stage}: {-len(dataset) % world} of {len(dataset)} rows count twice, so that all ranks have as many",
+                f"{stage}: {twice} of {size} rows count twice, so that all ranks have as many",
                 DataWarning,
                 stacklevel=2,
             )
@@ -274,6 +279,7 @@ class AlignmentData(L.LightningDataModule):
             pad_to_multiple_of=self.pad_to_multiple_of,
             length_groups=self.length_groups,
             pair_in_batch=self._pairs_in_batch(stage),
+            scores=self.needs.scores and stage != "predict",
         )
         return DataLoader(
             dataset,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from halos_pl.batch import View
+from halos_pl.batch import DataNeeds, View
 from halos_pl.data.collate import Item
 from halos_pl.data.pairing import mismatch
 from halos_pl.data.records import (
@@ -56,6 +56,10 @@ class FeedbackDataset(Dataset[Item]):
         """[rows] bool, of unpaired rows."""
         return np.array([bool(row[0].desirable) for row in self.rows])
 
+    @property
+    def paired(self) -> bool:
+        return len(self.rows[0]) == 2
+
 
 @dataclass(frozen=True)
 class DatasetBuilder:
@@ -63,15 +67,15 @@ class DatasetBuilder:
 
     Args:
         encoder: tokenizes.
-        view: of the objective.
+        needs: of the objective.
         pair_all: give every row a y′ from the whole dataset.
         unpair: for unpaired objectives: both members of a pair, or one.
         on_bad_row: stop at malformed rows, or go on without them.
-        seed: of y′, members and permuted labels.
+        seed: of y′, members, rows to keep and permuted labels.
     """
 
     encoder: CompletionTokenizer
-    view: View
+    needs: DataNeeds
     pair_all: bool
     unpair: Literal["both", "one"]
     on_bad_row: OnBadRow
@@ -84,6 +88,7 @@ class DatasetBuilder:
         *,
         training: bool = False,
         labelled: bool = True,
+        keep: tuple[float, float] = (1.0, 1.0),
         shuffle_labels: bool = False,
     ) -> FeedbackDataset:
         """Read, tokenize and pair.
@@ -91,9 +96,10 @@ class DatasetBuilder:
         Args:
             source: as `load_records` takes it.
             split: likewise.
-            training: otherwise pairs stay together for an unpaired objective too.
-            labelled: whether a single completion must have a label.
-            shuffle_labels: permute labels, or swap half of the pairs: the control experiment.
+            training: otherwise pairs stay together for an unpaired objective too, where it has no control.
+            labelled: whether a single completion must have a label (and a score, where the objective reads it).
+            keep: shares of the desirable and of the undesirable completions to take.
+            shuffle_labels: permute labels, or swap half of the pairs, of what is kept: the control experiment.
 
         Raises:
             DataError: bad rows (unless skipped), rows of another view, or no y′ for some row.
@@ -104,6 +110,9 @@ class DatasetBuilder:
         bad.finish()
         if not records:
             raise DataError(f"{source}: no row can be used; the first: {bad.messages[0]}")
+        kept = ""
+        if keep != (1.0, 1.0):
+            records, kept = _share(records, keep, self.seed)
         if shuffle_labels:
             records = _with_shuffled_labels(records, self.seed)
         paired = isinstance(records[0], Paired)
@@ -114,11 +123,14 @@ class DatasetBuilder:
             raise DataError(f"{source}: no row can be used; the first: {encoded.bad[0]}")
         partners = self._partners([x for row in rows for x in row]) if self.pair_all else None
         skipped = "".join(f"\n  skipped {message}" for message in [*loaded.bad, *bad.messages, *encoded.bad])
-        report = f"{_count(rows, self.view)}; {encoded.truncation}{skipped}"
-        return FeedbackDataset(rows, partners, report)
+        dataset = FeedbackDataset(rows, partners)
+        surplus = _surplus(dataset, training) if self.needs.equal_halves and labelled and not paired else ""
+        dataset.report = f"{_count(rows, self.needs.view)}{kept}{surplus}; {encoded.truncation}{skipped}"
+        return dataset
 
     def _in_view(self, records: Sequence[Record], training: bool, labelled: bool, bad: BadRows) -> Sequence[Record]:
-        if self.view == "sft":
+        view = self.needs.view
+        if view == "sft":
             demonstrations = as_demonstrations(records)
             if not demonstrations:
                 raise DataError(
@@ -127,16 +139,18 @@ class DatasetBuilder:
             return demonstrations
         if not labelled and not any(isinstance(x, Paired) for x in records):
             return records
-        if self.view == "unpaired" and not training and all(isinstance(x, Paired) for x in records):
+        scores, together = self.needs.scores and labelled, self.needs.control is None
+        if view == "unpaired" and not (training or scores) and together and all(isinstance(x, Paired) for x in records):
             return records
         fitting: list[Record] = []
         for record in records:
             with bad.caught():
-                if self.view == "paired":
+                if view == "paired":
                     fitting += as_paired([record])
                 else:
-                    fitting += as_unpaired([record], members=self.unpair, seed=self.seed)
-        if training and self.view == "unpaired":
+                    members = self.unpair if training else "both"
+                    fitting += as_unpaired([record], members=members, scores=scores, seed=self.seed)
+        if training and view == "unpaired":
             _warn_of_one_class([x for x in fitting if isinstance(x, Unpaired)])
         return fitting
 
@@ -160,6 +174,35 @@ class DatasetBuilder:
         return partners
 
 
+def _share(records: Sequence[Record], keep: tuple[float, float], seed: int) -> tuple[list[Record], str]:
+    """The rows that come first in a permutation of all, so many of each class, in their own order; and a note."""
+    place = np.random.default_rng([seed, 2]).permutation(len(records))
+    desirable = np.array([isinstance(x, Unpaired) and bool(x.desirable) for x in records])
+    taken, notes = np.zeros(len(records), bool), []
+    for name, share, member in (("desirable", keep[0], desirable), ("undesirable", keep[1], ~desirable)):
+        rows = np.flatnonzero(member)
+        chosen = rows[np.argsort(place[rows])][: max(1, round(share * len(rows)))]
+        taken[chosen] = True
+        notes.append(f"{len(chosen)} of {len(rows)} {name}")
+    return [x for x, mine in zip(records, taken, strict=True) if mine], f"; kept {' and '.join(notes)} rows"
+
+
+def _surplus(dataset: FeedbackDataset, training: bool) -> str:
+    """What equal halves leave out of held-out rows, as a note; training shows other rows each epoch."""
+    up = int(dataset.labels.sum())
+    size, down = len(dataset), len(dataset) - up
+    if not up or not down:
+        side = "desirable" if up else "undesirable"
+        raise DataError(
+            f"{dataset.rows[0][0].origin.file}: all {size} rows are {side}; this objective needs as many of both "
+            "classes in every micro-batch: give rows of the other class too"
+        )
+    if training or up == down:
+        return ""
+    side = "desirable" if up > down else "undesirable"
+    return f"; {abs(up - down)} of {max(up, down)} {side} rows are left out, so that halves are equal"
+
+
 def _with_shuffled_labels(records: Sequence[Record], seed: int) -> list[Record]:
     rng = np.random.default_rng([seed, 1])
     if isinstance(records[0], Paired):
@@ -169,8 +212,8 @@ def _with_shuffled_labels(records: Sequence[Record], seed: int) -> list[Record]:
             for x, flip in zip(records, swap, strict=True)
         ]
     order = rng.permutation(len(records))
-    labels = [x.desirable for x in records if isinstance(x, Unpaired)]
-    return [replace(x, desirable=labels[k]) for x, k in zip(records, order, strict=True) if isinstance(x, Unpaired)]
+    own = [x for x in records if isinstance(x, Unpaired)]
+    return [replace(x, desirable=own[k].desirable, score=own[k].score) for x, k in zip(own, order, strict=True)]
 
 
 def _whole_rows(members: Sequence[Example | None], width: int) -> list[Row]:

@@ -1,8 +1,8 @@
 """Records: what one row of a user's data means, in the formats that TRL's users have.
 
 A row is recognised by its keys, first match first: `[prompt,] chosen, rejected` is a preference pair,
-`prompt, completion[, label]` and `messages[, label]` are single completions. Texts are plain (a string) or
-conversational (a list of messages), the same on both sides. A row that means nothing raises `DataError`.
+`prompt, completion[, label][, score]` and `messages[, label][, score]` are single completions. Texts are plain (a
+string) or conversational (a list of messages), the same on both sides. A row that means nothing raises `DataError`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ OnBadRow = Literal["error", "skip"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SCHEMAS = "the keys prompt+completion[+label], [prompt+]chosen+rejected or messages[+label]"
 LISTED = 10  # bad rows in one error
+MAX_SCORE = 3.4028234e38  # of float32, in which losses read it
 MAX_CHARACTERS = 1_000_000  # a longer field earns a DataWarning
 _UNFIT = re.compile("[\0\ud800-\udfff]")  # no tokenizer takes these
 _LABELS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -56,13 +57,17 @@ class Origin:
 
 @dataclass(frozen=True)
 class Unpaired:
-    """One completion with a thumbs-up or thumbs-down; `desirable` is None for a demonstration without a label."""
+    """One completion with a thumbs-up or thumbs-down; `desirable` is None for a demonstration without a label.
+
+    A score is the reward that the data give the completion.
+    """
 
     prompt: Text
     completion: Text
     desirable: bool | None
     origin: Origin
     tools: list[dict[str, Any]] | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ class _Row:
         else:
             prompt = self.prompt(self.text("prompt"), "prompt")
             completion = self.completion(self.text("completion"), "completion", prompt)
-        return Unpaired(prompt, completion, self.label(), self.origin, self.tools(prompt))
+        return Unpaired(prompt, completion, self.label(), self.origin, self.tools(prompt), self.score())
 
     def messages(self) -> list[Message]:
         messages = self.text("messages")
@@ -253,6 +258,14 @@ class _Row:
         if not (isinstance(parsed, int | float) and parsed in (0, 1)):
             raise self.origin.error("label", f"got {_got(value)}", "true or false (or 1/0, yes/no)")
         return bool(parsed)
+
+    def score(self) -> float | None:
+        value = self.row.get("score")
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_SCORE:
+            raise self.origin.error("score", f"got {_got(value)}", "a finite number (of 32 bits)")
+        return float(value)
 
     def tools(self, prompt: Text) -> list[dict[str, Any]] | None:
         value = self.row.get("tools")

@@ -15,8 +15,9 @@ Index = NDArray[np.int64]
 class EpochSampler(DistributedSampler[int]):
     """Row indices of one rank, in an order that depends on (seed, epoch) alone.
 
-    Rank r takes every `num_replicas`-th row from r on. The k-th micro-batches of all ranks together are therefore the
-    k-th slice of one global order, and batch 8, batch 4 on two ranks, and batch 4 accumulated twice see the same rows.
+    Rank r takes every `num_replicas`-th row (with labels: every such couple of rows) from the r-th on. The k-th
+    micro-batches of all ranks together are therefore the k-th slice of one global order, and batch 8, batch 4 on two
+    ranks, and batch 4 accumulated twice see the same rows.
 
     Args:
         size: rows of the data.
@@ -26,9 +27,10 @@ class EpochSampler(DistributedSampler[int]):
         rank: this one.
         drop_last: with several ranks, leave out the last rows that do not fill one row a rank (other rows each epoch);
             otherwise the first rows of the order are repeated, as torch's DistributedSampler does.
-        labels: bool [size]. Given, rows alternate between the classes so that every batch holds equal halves (first KTO
-            report, section 5). Of the larger class each epoch takes as many rows as the smaller one has, the next ones
-            each time, so that all of them are seen over the epochs.
+        labels: bool [size]. Given, rows come in couples, desirable and undesirable, so that every batch of an even size
+            holds equal halves (first KTO report, section 5). Of the larger class each epoch takes as many rows as the
+            smaller one has, the next ones each time, so that all of them are seen over the epochs; without `shuffle`
+            always the same ones.
     """
 
     def __init__(
@@ -43,17 +45,20 @@ class EpochSampler(DistributedSampler[int]):
         labels: NDArray[np.bool_] | None = None,
     ) -> None:
         self.labels = labels
-        rows = range(size if labels is None else 2 * min(labels.sum(), (~labels).sum()))
+        self.unit = 1 if labels is None else 2  # rows that stay together
+        units = range(size if labels is None else min(labels.sum(), (~labels).sum()))
         super().__init__(
-            cast("Dataset[int]", rows), num_replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last
+            cast("Dataset[int]", units), num_replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last
         )
+        self.num_samples *= self.unit
+        self.total_size *= self.unit
 
     def order(self) -> Index:
         """The global order of the present epoch, before it is cut over the ranks."""
         rng = np.random.default_rng([self.seed, self.epoch])
         size = len(cast(Sized, self.dataset))
         if self.labels is not None:
-            return self._alternate(rng, size // 2)
+            return self._alternate(rng, size)
         return rng.permutation(size) if self.shuffle else np.arange(size)
 
     def _alternate(self, rng: np.random.Generator, half: int) -> Index:
@@ -62,8 +67,10 @@ class EpochSampler(DistributedSampler[int]):
         for label in (True, False):
             rows = np.flatnonzero(self.labels == label)
             fixed = np.random.default_rng(self.seed).permutation(rows)
-            take = np.roll(fixed, -half * self.epoch)[:half]
-            columns.append(rng.permutation(take) if self.shuffle else take)
+            if self.shuffle:
+                columns.append(rng.permutation(np.roll(fixed, -half * self.epoch)[:half]))
+            else:
+                columns.append(np.sort(fixed[:half]))
         return np.stack(columns, axis=1).reshape(-1)
 
     def __iter__(self) -> Iterator[int]:
@@ -72,4 +79,5 @@ class EpochSampler(DistributedSampler[int]):
             order = order[: self.total_size]
         elif missing := self.total_size - len(order):
             order = np.concatenate([order, np.resize(order, missing)])
-        return iter(order[self.rank : self.total_size : self.num_replicas].tolist())
+        mine = order.reshape(-1, self.unit)[self.rank :: self.num_replicas]
+        return iter(mine.reshape(-1).tolist())

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.data.control import Control
 from halos_pl.data.records import BadRows, Message, OnBadRow, Origin, Text, Unpaired
 from halos_pl.data.templates import TEMPLATES, resolve_template
 from halos_pl.data.tokenizers import opening_and_continuation
@@ -49,6 +50,7 @@ class Example:
     prompt_key: bytes
     completion_key: bytes
     origin: Origin
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Encoded:
 class _Rendered(NamedTuple):
     prompt: str
     completion: str
+    control: list[int]  # ids that end the prompt
 
 
 class CompletionTokenizer:
@@ -92,9 +95,12 @@ class CompletionTokenizer:
         max_length: tokens of prompt and completion together. A longer row's prompt is cut on its left (BOS stays) to
             `max_prompt_length` or what the completion leaves free; then the completion is cut at its end.
         max_prompt_length: default: half of `max_length`.
+        control: texts that end the prompts of desirable and of undesirable completions, after the template's generation
+            prompt. They count as prompt and are never cut off; a completion without a label has none.
 
     Raises:
-        ValueError: a slow tokenizer; no EOS, or one that is not a single token; bad lengths; an unknown template.
+        ValueError: a slow tokenizer; no EOS, or one that is not a single token; bad lengths; an unknown template;
+            control texts without tokens or with the same.
     """
 
     def __init__(
@@ -105,26 +111,43 @@ class CompletionTokenizer:
         eos_token: str | None = None,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
+        control: tuple[str, str] | None = None,
     ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, the only kind that is exact here")
-        if max_length < 2:
-            raise ValueError(f"max_length is {max_length}; expected at least 2: a token of prompt and of completion")
-        if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
-            raise ValueError(f"max_prompt_length is {max_prompt_length}; expected 1 to max_length - 1")
         self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length or max_length // 2
-        self.chat_template = resolve_template(chat_template, tokenizer)
-        if chat_template is not None:
-            tokenizer.chat_template = self.chat_template
         self._opening, self._continuation = opening_and_continuation(backend)
+        self._control = Control(control, self._continuation)
+        least = 1 + self._control.size
+        if max_length < least + 1:
+            also = f", and {self._control.size} of control" if control else ""
+            expected = f"at least {least + 1}: a token of prompt and of completion{also}"
+            raise ValueError(f"max_length is {max_length}; expected {expected}")
+        if max_prompt_length is not None and not least <= max_prompt_length < max_length:
+            raise ValueError(f"max_prompt_length is {max_prompt_length}; expected {least} to max_length - 1")
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length or max(max_length // 2, least)
+        template = resolve_template(chat_template, tokenizer)
+        self.chat_template = template and self._control.without(template)  # an exported policy's has the control
+        if chat_template is not None or self.chat_template != template:
+            tokenizer.chat_template = self.chat_template
         self.eos_token_id = self._set_eos(eos_token)
         self._prefix = self._special_prefix()
 
+    @property
+    def sampling_template(self) -> str | None:
+        """The chat template with the control of desirable completions at the end of its generation prompt.
+
+        It goes with the exported policy, so that whatever samples from it asks for them. None where there is no
+        template or no control.
+        """
+        if self.chat_template is None or not self._control.size:
+            return None
+        return self._control.ends(self.chat_template)
+
     def encode(self, prompt: Text, completion: Text, *, origin: Origin, tools: Tools | None = None) -> Tokenized:
-        """Token ids of one row.
+        """Token ids of one row, without control: it has no label.
 
         Raises:
             DataError: naming the row, where there is no chat template for it, the template fails or rewrites the prompt
@@ -134,7 +157,7 @@ class CompletionTokenizer:
         return self._fit(*next(self._ids([rendered])), origin)
 
     def encode_prompt(self, prompt: Text, *, origin: Origin, tools: Tools | None = None) -> Tokens:
-        """Token ids that a completion follows: those that training has before it, cut on the left to what
+        """Token ids that a (desirable) completion follows: those that training has before it, cut on the left to what
         `max_length` leaves beside one token.
 
         Raises:
@@ -142,7 +165,8 @@ class CompletionTokenizer:
         """
         text = prompt if isinstance(prompt, str) else self._apply(prompt, origin, tools, reply=True)
         ids = self._opened(self._opening.encode(text, add_special_tokens=False).ids)
-        return np.array(self._cut(ids, self.max_length - 1), np.int32)
+        control = self._control.ids[True]
+        return np.array(self._cut(ids, self.max_length - 1 - len(control)) + control, np.int32)
 
     def examples(self, records: Sequence[Unpaired], *, on_bad_row: OnBadRow = "error") -> Encoded:
         """Examples of all records, tokenized in chunks by all cores.
@@ -157,7 +181,8 @@ class CompletionTokenizer:
             texts: dict[int, _Rendered] = {}
             for i, record in enumerate(records[start : start + CHUNK], start):
                 with bad.caught():
-                    texts[i] = self._render(record.prompt, record.completion, record.origin, record.tools)
+                    text = self._render(record.prompt, record.completion, record.origin, record.tools)
+                    texts[i] = text._replace(control=self._control.ids[record.desirable])
             for i, ids in zip(texts, self._ids(list(texts.values())), strict=True):
                 with bad.caught():
                     tokens = self._fit(*ids, records[i].origin)
@@ -186,7 +211,7 @@ class CompletionTokenizer:
 
     def _render(self, prompt: Text, completion: Text, origin: Origin, tools: Tools | None) -> _Rendered:
         if isinstance(prompt, str) and isinstance(completion, str):
-            return _Rendered(prompt, completion)
+            return _Rendered(prompt, completion, [])
         if isinstance(prompt, str) or isinstance(completion, str):
             raise origin.error("completion", "of another kind than the prompt", "both plain or both conversational")
         before = self._apply(prompt, origin, tools, reply=True)
@@ -197,7 +222,7 @@ class CompletionTokenizer:
                 "completion", wrong, "a template that renders prompt + completion as prompt, then completion"
             )
         text, eos, rest = whole[len(before) :].rpartition(self.tokenizer.eos_token)
-        return _Rendered(before, text + eos + ("" if eos and not rest.strip() else rest))
+        return _Rendered(before, text + eos + ("" if eos and not rest.strip() else rest), [])
 
     def _apply(self, messages: list[Message], origin: Origin, tools: Tools | None, *, reply: bool) -> str:
         if self.chat_template is None:
@@ -210,15 +235,15 @@ class CompletionTokenizer:
             raise origin.error("prompt", f"the chat template fails ({error})", "messages that it can render") from error
         return str(text)
 
-    def _ids(self, texts: Sequence[_Rendered]) -> Iterator[tuple[list[int], list[int]]]:
-        """Prompt and completion ids: BOS and EOS in their places, nothing cut."""
+    def _ids(self, texts: Sequence[_Rendered]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Prompt, control and completion ids: BOS and EOS in their places, nothing cut."""
         prompts = self._opening.encode_batch_fast([x.prompt for x in texts], add_special_tokens=False)
         completions = self._continuation.encode_batch_fast([x.completion for x in texts], add_special_tokens=False)
         for text, before, after in zip(texts, prompts, completions, strict=True):
-            if not text.prompt:  # the completion itself opens the text
+            if not text.prompt and not text.control:  # the completion itself opens the text
                 after = self._opening.encode(text.completion, add_special_tokens=False)
-            prompt, completion = self._opened(before.ids), after.ids
-            yield prompt, completion if completion[-1:] == [self.eos_token_id] else [*completion, self.eos_token_id]
+            ended = after.ids[-1:] == [self.eos_token_id]
+            yield self._opened(before.ids), text.control, after.ids if ended else [*after.ids, self.eos_token_id]
 
     def _opened(self, prompt: list[int]) -> list[int]:
         if prompt[: len(self._prefix)] != self._prefix:  # a template may have written BOS
@@ -236,25 +261,26 @@ class CompletionTokenizer:
         lead = lead[:size] if prompt[: len(lead)] == lead else []
         return lead + prompt[len(prompt) - size + len(lead) :]
 
-    def _fit(self, prompt: list[int], completion: list[int], origin: Origin) -> Tokenized:
+    def _fit(self, prompt: list[int], control: list[int], completion: list[int], origin: Origin) -> Tokenized:
         """The truncation rule (see `max_length`)."""
         if completion == [self.eos_token_id]:
             raise origin.error("completion", "no token left to score", "text that the tokenizer does not drop")
-        size, whole = len(prompt), len(completion)
+        size, whole = len(prompt) + len(control), len(completion)
         if size + whole > self.max_length and size > self.max_prompt_length:
             size = min(size, max(self.max_prompt_length, self.max_length - whole))
-        fitting = completion[: self.max_length - size]
+        kept, fitting = self._cut(prompt, size - len(control)), completion[: self.max_length - size]
         return Tokenized(
-            np.array(self._cut(prompt, size), np.int32),
+            np.array(kept + control, np.int32),
             np.array(fitting, np.int32),
-            size < len(prompt),
+            len(kept) < len(prompt),
             len(fitting) < whole,
         )
 
 
 def _example(record: Unpaired, tokens: Tokenized) -> Example:
     prompt_key, completion_key = _key([record.prompt, record.tools]), _key(record.completion)
-    return Example(tokens.prompt, tokens.completion, record.desirable, prompt_key, completion_key, record.origin)
+    keys = prompt_key, completion_key
+    return Example(tokens.prompt, tokens.completion, record.desirable, *keys, record.origin, record.score)
 
 
 def _key(value: object) -> bytes:

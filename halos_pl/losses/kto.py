@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -10,7 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import Objective, ReferenceFree, check_floating, check_positive
+from halos_pl.losses.objective import (
+    LogRatioObjective,
+    NaNError,
+    ReferenceFree,
+    ReferencePoint,
+    check_floating,
+    check_labels,
+    check_positive,
+    labels,
+)
 from halos_pl.value import kahneman_tversky
 
 ValueName = Literal["logistic", "log_logistic", "identity", "kahneman_tversky"]
@@ -65,14 +75,15 @@ def kto_loss(
     """
     _check_numbers(beta, desirable_weight, undesirable_weight, value, alpha, loss_aversion)
     check_floating(logratio=logratio)
-    if desirable.dtype != torch.bool or desirable.shape != logratio.shape:
-        expected = f"bool {list(logratio.shape)} like logratio"
-        raise ValueError(f"desirable must be {expected}, got {desirable.dtype} {list(desirable.shape)}")
+    check_labels(desirable, logratio)
     if isinstance(z0, Tensor):
         if not z0.is_floating_point() or (z0.ndim and z0.shape != logratio.shape):
             expected = f"floating point, 0-d or {list(logratio.shape)} like logratio"
             raise ValueError(f"z0 must be {expected}, got {z0.dtype} {list(z0.shape)}")
+        check_floating(z0=z0)
         z0 = z0.to(logratio.dtype)
+    elif math.isnan(z0):
+        raise NaNError("z0 must not be NaN, got nan")
     gain = beta * (logratio - z0)
     gain = torch.where(desirable, gain, -gain)
     if value == "logistic":
@@ -87,7 +98,7 @@ def kto_loss(
 
 
 @dataclass(frozen=True)
-class KTO(Objective):
+class KTO(LogRatioObjective):
     """Kahneman–Tversky Optimization (see `kto_loss`).
 
     In a run without a reference model the step hands in logp / length as the log-ratio, and as z0 the unclamped mean of
@@ -104,9 +115,12 @@ class KTO(Objective):
         loss_aversion: Weight of losses in "kahneman_tversky", > 0.
         reference_point: Whether to estimate z0 from mismatched pairs (x, y′). Without, z0 = 0 and their forward passes
             are saved.
+        humanline: Bounds of every token's log-ratio, [-1.0, 1.5] in HALOs; a token outside gets no gradient.
     """
 
     view: ClassVar[View] = "unpaired"
+    formula: ClassVar[str] = "λ(1 − σ(±β(r − z0))), z0 = max(0, mean r(x, y′))"
+    source: ClassVar[str] = "Ethayarajh et al. 2024"
     reference_free: ClassVar[ReferenceFree] = "mean_logp"
 
     beta: float = 0.1
@@ -118,6 +132,7 @@ class KTO(Objective):
     reference_point: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_numbers(
             self.beta, self.desirable_weight, self.undesirable_weight, self.value, self.alpha, self.loss_aversion
         )
@@ -125,18 +140,16 @@ class KTO(Objective):
             raise ValueError(f"reference_point must be true or false, got {self.reference_point!r}")
 
     @property
-    def needs_reference_point(self) -> bool:
-        return self.reference_point
+    def reference_point_from(self) -> ReferencePoint:
+        return "mismatched" if self.reference_point else "none"
 
     def losses(self, scores: CompletionLogps, desirable: Tensor | None, z0: Tensor | None) -> Tensor:
-        if desirable is None:
-            raise ValueError("desirable must be [B] bool for KTO, got None: it reads the unpaired view")
         if (z0 is not None) != self.reference_point:
             expected = "a tensor" if self.reference_point else "None"
             raise ValueError(f"z0 must be {expected} with reference_point={self.reference_point}, got {z0!r}")
         return kto_loss(
             scores.logratio,
-            desirable,
+            labels(self, desirable),
             0.0 if z0 is None else z0,
             beta=self.beta,
             desirable_weight=self.desirable_weight,
@@ -149,6 +162,33 @@ class KTO(Objective):
     def rewards(self, scores: CompletionLogps) -> Tensor:
         """beta · logratio."""
         return self.beta * scores.logratio.detach()
+
+
+@dataclass(frozen=True)
+class APOZero(KTO):
+    """APO-zero for single completions (D'Oosterlinck et al. 2024): KTO without a reference point, under the name that
+    TRL's users know (`apo_zero_unpaired`).
+
+    Args:
+        beta: How strongly the policy is held to the reference, > 0.
+        desirable_weight: Weight of desirable completions, >= 0.
+        undesirable_weight: Weight of undesirable completions, >= 0.
+        value: As of KTO.
+        alpha: As of KTO.
+        loss_aversion: As of KTO.
+        reference_point: false; with a reference point it is KTO.
+        humanline: Bounds of every token's log-ratio, [-1.0, 1.5] in HALOs; a token outside gets no gradient.
+    """
+
+    formula: ClassVar[str] = "λ(1 − σ(±β r))"
+    source: ClassVar[str] = "D'Oosterlinck et al. 2024"
+
+    reference_point: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference_point:
+            raise ValueError("reference_point must be false for APOZero, got True: with one it is KTO")
 
 
 def _check_numbers(

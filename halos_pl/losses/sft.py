@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: learning from demonstrations."""
+"""Supervised fine-tuning: learning from demonstrations, or from labelled completions under control tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sft_loss(token_logp: Tensor) -> Tensor:
         [N] losses in the input's dtype.
 
     Raises:
-        ValueError: if the input is not floating point.
+        ValueError: if the input is not floating point, or NaN.
 
     Example:
         >>> import torch
@@ -43,6 +43,8 @@ class SFT(Objective):
     view: ClassVar[View] = "sft"
     unit: ClassVar[Unit] = "token"
     needs_reference: ClassVar[bool] = False
+    formula: ClassVar[str] = "−log π of each token"
+    source: ClassVar[str] = "maximum likelihood"
 
     def losses(self, scores: CompletionLogps, desirable: Tensor | None = None, z0: Tensor | None = None) -> Tensor:
         return sft_loss(scores.token_logp)
@@ -50,3 +52,34 @@ class SFT(Objective):
     def rewards(self, scores: CompletionLogps) -> None:
         """Demonstrations imply no reward."""
         return
+
+
+@dataclass(frozen=True)
+class CSFT(SFT):
+    """Conditional supervised fine-tuning: SFT on good and bad completions alike, each after a control text that ends
+    its prompt and is not scored (KTO report, section 6; Korbak et al. 2023). Sampling, and the chat template that is
+    exported, end the prompt with the good one.
+
+    Args:
+        good: Ends the prompts of desirable completions. Where the tokenizer has it as a token it is that token; no
+            embedding is added otherwise: it is then several ordinary ones.
+        bad: Ends the prompts of undesirable completions.
+    """
+
+    view: ClassVar[View] = "unpaired"
+    formula: ClassVar[str] = "−log π of each token, after a token for good or bad"
+    source: ClassVar[str] = "Korbak et al. 2023; KTO report §6"
+
+    good: str = "<|good|>"
+    bad: str = "<|bad|>"
+
+    def __post_init__(self) -> None:
+        for name in ("good", "bad"):
+            if not isinstance(value := getattr(self, name), str) or not value.strip():
+                raise ValueError(f"{name} must be a text, got {value!r}")
+        if self.good == self.bad:
+            raise ValueError(f"good and bad must differ, got {self.good!r} for both")
+
+    @property
+    def control(self) -> tuple[str, str]:
+        return self.good, self.bad

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from halos_kernels import Head, LogpOut, linear_logp, linear_logp_multi
-from torch import nn
+from halos_kernels import Head, linear_logp, linear_logp_multi
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halos_pl.batch import Sequences
 from halos_pl.models import backbone, find_head
 
 T = TypeVar("T")
+
+
+class TokenScores(NamedTuple):
+    """What a model says of the scored tokens."""
+
+    logp: Tensor  # [N] nats
+    entropy: Tensor | None = None  # [N] of the next-token distribution, where asked for
+    value: Tensor | None = None  # [N] by the value head, where there is one
 
 
 class Scorer(nn.Module):
@@ -23,15 +31,22 @@ class Scorer(nn.Module):
 
     Args:
         lm: a causal language model of transformers.
+        value_head: predict a value of every scored token too, by a linear layer that starts at 0.
     """
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, *, value_head: bool = False) -> None:
         super().__init__()
         self.lm = lm
+        self.value_head: nn.Linear | None = None
+        if value_head:
+            weight = find_head(lm).weight
+            self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
 
     def forward(
         self, rows: Sequences, *, entropy: bool = False, then: Callable[[Head], T] | None = None
-    ) -> LogpOut | T:
+    ) -> TokenScores | T:
         """Log-probability [N] of every scored token, in nats (and the entropy [N] of its distribution).
 
         With `then`: what that returns, called with hidden states [N, d] and head while the weights are whole. It asks
@@ -45,7 +60,7 @@ class Scorer(nn.Module):
         own = find_head(self.lm)
         if then is not None:
             return then(Head(predicting, own.weight, bias=own.bias, logit_scale=own.scale, softcap=own.softcap))
-        return linear_logp(
+        out = linear_logp(
             predicting,
             own.weight,
             rows.targets,
@@ -54,21 +69,26 @@ class Scorer(nn.Module):
             softcap=own.softcap,
             entropy=entropy,
         )
+        value = None if self.value_head is None else self.value_head(predicting)[:, 0].to(out.logp.dtype)
+        return TokenScores(out.logp, out.entropy, value)
 
 
-def score_both(policy: Scorer, reference: Scorer, rows: Sequences, *, entropy: bool = False) -> tuple[LogpOut, LogpOut]:
+def score_both(
+    policy: Scorer, reference: Scorer, rows: Sequences, *, entropy: bool = False
+) -> tuple[TokenScores, TokenScores]:
     """Policy and reference on the same rows; only the policy's part carries a gradient.
 
     Where gradients are off, both heads go in one launch, inside both forwards, and `entropy` is of both.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or policy.value_head is not None:
         with torch.no_grad():
             frozen = reference(rows)
         return policy(rows, entropy=entropy), frozen
-    first, second = policy(
+    both = policy(
         rows,
         then=lambda head: reference(
             rows, then=lambda other: linear_logp_multi([head, other], rows.targets, entropy=entropy)
         ),
     )
+    first, second = (TokenScores(out.logp, out.entropy) for out in both)
     return first, second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,16 @@ def test_unpaired_batch() -> None:
     assert batch.mismatched is not None
     assert batch.mismatched.blocks[0].tolist() == [[4, 0, 0], [1, 2, 7]]
     assert batch.mismatched.targets.tolist() == [7, 8, 3]
+
+
+def test_scores_come_where_they_are_asked_for() -> None:
+    items = [Item((replace(example(tokens(1), tokens(2)), score=score),)) for score in (0.1, -2.0)]
+    batch = collator(scores=True)(items)
+    assert isinstance(batch, UnpairedBatch)
+    assert batch.score is not None
+    assert batch.score.dtype == torch.float32
+    assert batch.score.tolist() == pytest.approx([0.1, -2.0])
+    assert collator()(items).score is None  # type: ignore[attr-defined]
 
 
 def test_mismatched_rows_are_cut_to_the_maximum_length() -> None:

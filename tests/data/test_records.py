@@ -40,6 +40,10 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"messages": [USER, GOOD], "tools": [TOOL]}, Unpaired([USER], [GOOD], None, HERE, [TOOL])),
         ({"messages": [USER, GOOD], "tools": '[{"name": "f"}]'}, Unpaired([USER], [GOOD], None, HERE, [{"name": "f"}])),
         ({"prompt": "a", "completion": "b", "tools": None}, Unpaired("a", "b", None, HERE)),
+        ({"prompt": "a", "completion": "b", "score": -2}, Unpaired("a", "b", None, HERE, score=-2.0)),
+        ({"messages": [USER, GOOD], "label": 1, "score": 0.5}, Unpaired([USER], [GOOD], True, HERE, score=0.5)),
+        ({"prompt": "a", "completion": "b", "score": None}, Unpaired("a", "b", None, HERE)),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score": "high"}, Paired("a", "b", "c", HERE)),
     ],
 )
 def test_schema_is_found_from_the_keys(row, record):
@@ -72,6 +76,12 @@ def replaced(**fields):
         (replaced(label=2), "label", "got 2 (int)"),
         (replaced(label=0.7), "label", "got 0.7 (float)"),
         (replaced(label=None), "label", "got None (NoneType)"),
+        (replaced(score="0.5"), "score", "got '0.5' (str); expected a finite number"),
+        (replaced(score=True), "score", "got True (bool)"),
+        (replaced(score=float("nan")), "score", "got nan (float)"),
+        (replaced(score=float("-inf")), "score", "got -inf (float)"),
+        (replaced(score=10**400), "score", "(int); expected a finite number"),
+        (replaced(score=1e39), "score", "got 1e+39 (float); expected a finite number (of 32 bits)"),
         (replaced(prompt=3), "prompt", "got 3 (int); expected a string or a list of messages"),
         (replaced(completion=None), "completion", "missing"),
         (replaced(completion=""), "completion", "an empty completion"),

@@ -57,9 +57,38 @@ def test_stratified_batches_hold_equal_halves_and_show_every_row_in_time() -> No
     assert seen == set(range(26))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_stratified_over_ranks(world: int) -> None:
-    labels = np.arange(48) % 4 == 0
-    parts = ranks(48, world, labels=labels)
-    merged = [part[k] for k in range(len(parts[0])) for part in parts]
-    assert [bool(labels[row]) for row in merged] == [True, False] * 12
+    """Each rank's micro-batch has equal halves; all of them together are a slice of the one global order."""
+    labels = np.arange(96) % 4 == 0
+    (alone,) = ranks(96, 1, labels=labels)
+    parts = ranks(96, world, labels=labels)
+    assert [bool(labels[row]) for row in alone] == [True, False] * 24
+    for batch in (2, 4, 8):
+        for k in range(48 // world // batch):
+            micro = [part[k * batch : (k + 1) * batch] for part in parts]
+            assert [int(labels[rows].sum()) for rows in micro] == [batch // 2] * world
+            together = sorted(row for rows in micro for row in rows)
+            assert together == sorted(alone[k * batch * world : (k + 1) * batch * world])
+
+
+def test_stratified_uneven_sizes() -> None:
+    labels = np.arange(20) < 5
+    dropped, padded = (ranks(20, 3, labels=labels, drop_last=flag) for flag in (True, False))
+    assert [len(part) for part in dropped] == [2] * 3
+    assert [len(part) for part in padded] == [4] * 3
+    assert all(labels[part].sum() == len(part) // 2 for part in dropped + padded)
+    assert {row for part in padded for row in part if labels[row]} == set(range(5))
+
+
+def test_held_out_halves_stay_the_same() -> None:
+    """In the order of the data; which rows of the larger class are left out is a matter of the seed alone."""
+    labels = np.array([True] * 6 + [False] * 20)
+    sampler = EpochSampler(26, shuffle=False, seed=7, labels=labels)
+    first = list(sampler)
+    sampler.set_epoch(3)
+    assert list(sampler) == first
+    assert first[::2] == list(range(6))
+    assert first[1::2] == sorted(first[1::2])
+    assert set(first[1::2]) < set(range(6, 26))
+    assert first != list(EpochSampler(26, shuffle=False, seed=8, labels=labels))

@@ -42,6 +42,27 @@ def test_views_refuse_what_they_cannot_read():
     assert as_paired(pairs(2)) == pairs(2)
 
 
+def test_refusals_name_the_remedy():
+    with pytest.raises(DataError, match=r"expected true or false.*, or .*--model\.objective SFT"):
+        as_unpaired([Unpaired("q", "c", None, HERE)], seed=0)
+    with pytest.raises(DataError, match=r"expected prompt\+chosen\+rejected.*, or .*--model\.objective KTO"):
+        as_paired([Unpaired("q", "c", True, HERE)])
+
+
+def test_scores_stand_in_for_labels():
+    rows = [Unpaired("q", "c", None, HERE, score=score) for score in (0.5, 0.0, -1.0)]
+    rows.append(Unpaired("q", "c", True, HERE, score=-1.0))
+    assert [x.desirable for x in as_unpaired(rows, scores=True, seed=0)] == [True, False, False, True]
+    with pytest.raises(DataError, match=r"^rows.jsonl:7: score: missing; expected a finite number"):
+        as_unpaired([Unpaired("q", "c", True, HERE)], scores=True, seed=0)
+    with pytest.raises(
+        DataError, match=r"^f:0: score: a preference pair.*; expected rows of prompt, completion, score"
+    ):
+        as_unpaired(pairs(1), scores=True, seed=0)
+    with pytest.raises(DataError, match=r"^rows.jsonl:7: label: missing"):
+        as_unpaired(rows[:1], seed=0)
+
+
 def test_demonstrations_leave_out_what_is_undesirable():
     labelled = [Unpaired("q", str(label), label, HERE) for label in (True, False, None)]
     assert [x.completion for x in as_demonstrations([*pairs(1), *labelled])] == ["w0", "True", "None"]

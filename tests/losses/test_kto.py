@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from halos_pl.batch import CompletionLogps
-from halos_pl.losses import KTO, kto_loss
+from halos_pl.losses import KTO, APOZero, kto_loss
 from halos_pl.losses.kto import ValueName
 
 VALUES = get_args(ValueName)
@@ -129,6 +129,9 @@ GOOD = {"logratio": torch.zeros(3), "desirable": torch.ones(3, dtype=torch.bool)
         ({"z0": torch.zeros(3, 1)}, "z0 must be floating point, 0-d or [3] like logratio, got torch.float32 [3, 1]"),
         ({"z0": torch.zeros(1)}, "z0 must be floating point, 0-d or [3] like logratio, got torch.float32 [1]"),
         ({"z0": torch.tensor(0)}, "z0 must be floating point, 0-d or [3] like logratio, got torch.int64 []"),
+        ({"logratio": torch.tensor([0.0, math.nan, 1.0])}, "logratio"),
+        ({"z0": torch.tensor(math.nan)}, "z0"),
+        ({"z0": torch.tensor([0.0, 1.0, math.nan])}, "z0"),
     ],
 )
 def test_bad_tensors_are_named(bad, message):
@@ -163,7 +166,7 @@ def test_bad_numbers_are_named_by_the_function_and_by_the_objective(bad, message
 def scores(logratio: torch.Tensor) -> CompletionLogps:
     """Every field but the log-ratio is poisoned: KTO must not read it."""
     nan = torch.full_like(logratio, math.nan)
-    return CompletionLogps(logratio, logp=nan, length=nan, token_logp=nan, ref_logp=nan, token_ref_logp=nan)
+    return CompletionLogps(logratio, logp=nan, length=nan, token_logp=nan, ref_logp=nan, token_logratio=nan)
 
 
 def test_objective_hands_every_field_to_the_loss():
@@ -181,8 +184,8 @@ def test_objective_hands_every_field_to_the_loss():
 def test_objective_without_a_reference_point():
     r, desirable = inputs()
     objective = KTO(reference_point=False)
-    assert KTO().needs_reference_point
-    assert not objective.needs_reference_point
+    assert KTO().reference_point_from == "mismatched"
+    assert objective.reference_point_from == "none"
     assert torch.equal(objective.losses(scores(r), desirable, None), kto_loss(r, desirable, 0.0, beta=0.1))
 
 
@@ -196,6 +199,28 @@ def test_objective_refuses_what_it_would_have_to_ignore_or_guess():
         KTO(reference_point=False).losses(scores(r), desirable, torch.tensor(0.0))
     with pytest.raises(ValueError, match="reference_point must be true or false, got 'no'"):
         KTO(reference_point="no")
+
+
+def test_apo_zero_by_hand():
+    """D'Oosterlinck et al. 2024, equation 7 (TRL, `loss_type="apo_zero"`): KTO with the reference point at zero."""
+    r, desirable = inputs()
+    objective = APOZero(beta=0.3, desirable_weight=1.5, undesirable_weight=0.25)
+    loss = objective.losses(scores(r), desirable, None)
+    loss.sum().backward()
+    for i, got in enumerate((loss, r.grad)):
+        expected = [truth(x, d, 0, beta=0.3, weights=(1.5, 0.25))[i] for x, d in zip(R, DESIRABLE, strict=True)]
+        assert got.tolist() == pytest.approx(expected, rel=1e-12)
+    assert APOZero() == APOZero(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
+    assert objective.reference_point_from == "none"
+    rewards = objective.rewards(scores(r))
+    assert rewards.tolist() == pytest.approx([0.3 * x for x in R])
+    assert not rewards.requires_grad
+    with pytest.raises(ValueError, match="z0 must be None with reference_point=False"):
+        objective.losses(scores(r), desirable, torch.tensor(0.0))
+    with pytest.raises(ValueError, match=r"beta must be a finite number > 0, got -1\.0"):
+        APOZero(beta=-1.0)
+    with pytest.raises(ValueError, match="reference_point must be false for APOZero, got True"):
+        APOZero(reference_point=True)
 
 
 def test_docstring_examples():

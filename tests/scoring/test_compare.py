@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from halos_kernels import LogpOut
 from torch import Tensor
 
 from halos_pl.batch import Sequences
 from halos_pl.data.collate import sequences
 from halos_pl.scoring import compare, per_token
+from halos_pl.scoring.scorer import TokenScores
 
 POLICY = [-1.0, -2.0, -4.0, -0.5, -0.25, -0.125]
 REFERENCE = [-1.5, -2.0, -1.0, -0.5, -1.25, -2.125]
@@ -22,9 +22,9 @@ def rows() -> Sequences:
     return sequences(tokens, pad_id=0, vocab_size=5)
 
 
-def out(values: list[float], entropy: Tensor | None = None) -> LogpOut:
+def out(values: list[float], entropy: Tensor | None = None) -> TokenScores:
     logp = torch.tensor(values, dtype=torch.float64, requires_grad=True)
-    return LogpOut(logp, torch.zeros(len(values)), entropy)
+    return TokenScores(logp, entropy)
 
 
 def test_sums_lengths_and_ratios(rows: Sequences) -> None:
@@ -36,14 +36,15 @@ def test_sums_lengths_and_ratios(rows: Sequences) -> None:
     assert scores.logratio.tolist() == [0.5, -3.0, 3.0]
     assert scores.length.tolist() == [1, 3, 2]
     assert scores.token_logp is policy.logp
-    assert scores.token_ref_logp is reference.logp
+    assert scores.token_logratio is not None
+    assert scores.token_logratio.tolist() == [0.5, 0.0, -3.0, 0.0, 1.0, 2.0]
     assert scores.entropy is entropy
 
 
 def test_without_a_reference_the_ratio_is_the_log_probability(rows: Sequences) -> None:
     scores = compare(out(POLICY), None, rows)
     assert torch.equal(scores.logratio, scores.logp)
-    assert scores.ref_logp is scores.token_ref_logp is None
+    assert scores.ref_logp is scores.token_logratio is None
     assert per_token(scores).logratio.tolist() == pytest.approx([-1.0, -6.5 / 3, -0.1875])
     assert torch.equal(per_token(scores).logp, scores.logp), "only the ratio is a mean"
 
@@ -53,3 +54,19 @@ def test_gradient_reaches_each_token_of_the_policy(rows: Sequences) -> None:
     scores = compare(policy, out(REFERENCE), rows)
     grad = torch.autograd.grad(scores.logratio @ torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64), policy.logp)
     assert grad[0].tolist() == [1, 10, 10, 10, 100, 100]
+
+
+def test_clamped_tokens_are_summed_and_get_no_gradient_outside(rows: Sequences) -> None:
+    policy, reference = out(POLICY), out(REFERENCE)
+    scores = compare(policy, reference, rows, clamp=(-1.0, 1.5))
+    assert scores.token_logratio is not None
+    assert scores.token_logratio.tolist() == [0.5, 0.0, -1.0, 0.0, 1.0, 1.5]
+    assert scores.logratio.tolist() == [0.5, -1.0, 2.5]
+    assert scores.logp.tolist() == [-1.0, -6.5, -0.375], "log-probabilities are those of the model"
+    grad = torch.autograd.grad(scores.logratio @ torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64), policy.logp)
+    assert grad[0].tolist() == [1, 10, 0, 10, 100, 0]
+
+
+def test_values_are_handed_on(rows: Sequences) -> None:
+    value = torch.arange(6.0)
+    assert compare(out(POLICY)._replace(value=value), out(REFERENCE), rows).value is value

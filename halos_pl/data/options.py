@@ -1,0 +1,52 @@
+"""Options of the data that are out of range, that an objective has no use for, or that it cannot do without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from halos_pl.batch import DataNeeds
+from halos_pl.data.records import DataError
+
+LEAST = {"batch_size": 1, "eval_batch_size": 1, "pad_to_multiple_of": 1, "length_groups": 1, "num_workers": 0}
+CHOICES = {"mismatch": ("dataset", "batch"), "unpair": ("both", "one"), "sampler": ("shuffle", "stratified")}
+SHARES = ("keep_desirable", "keep_undesirable")
+
+
+def check_ranges(given: Mapping[str, Any]) -> None:
+    """ValueError that names the first option with an impossible value."""
+    for name, bound in LEAST.items():
+        if given[name] is not None and given[name] < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {given[name]}")
+    for name, allowed in CHOICES.items():
+        if given[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
+    for name in SHARES:
+        if not 0 < given[name] <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {given[name]}")
+
+
+def refuse_unused(given: Mapping[str, Any], needs: DataNeeds) -> None:
+    """An option that the objective has no use for is a mistake."""
+    unpaired = needs.view == "unpaired"
+    for option, unused in (
+        ("sampler stratified", given["sampler"] == "stratified" and not unpaired),
+        ("unpair one", given["unpair"] == "one" and not unpaired),
+        ("mismatch batch", given["mismatch"] == "batch" and not needs.mismatched),
+        ("shuffle_labels true", given["shuffle_labels"] and needs.view == "sft"),
+        *((f"{name} {given[name]}", given[name] != 1 and not unpaired) for name in SHARES),
+    ):
+        if unused:
+            raise DataError(f"data.{option}: this objective has no use for it; leave it out")
+
+
+def refuse_unequal_halves(given: Mapping[str, Any], needs: DataNeeds, stage: str) -> None:
+    """Where every micro-batch must hold equal halves, the sampler and the batch sizes have to allow for it."""
+    if not needs.equal_halves or stage == "predict":
+        return
+    wants = "this objective needs as many desirable as undesirable rows in every micro-batch"
+    if stage == "fit" and given["sampler"] != "stratified":
+        raise DataError(f"data.sampler {given['sampler']}: {wants}: --data.sampler stratified")
+    for name in ("batch_size", "eval_batch_size") if stage == "fit" else ("eval_batch_size",):
+        if (size := given[name]) % 2:
+            raise DataError(f"data.{name} {size}: {wants}, so an even size: --data.{name} {size + 1}")
