@@ -71,10 +71,10 @@ def measure(seed: int, options: argparse.Namespace) -> None:
         print(f"{name}, seed {seed}: {share(before)} -> {share(after)} in {seconds:.0f} s", flush=True)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, command: str = "python -m benchmarks.quickstart") -> dict[str, Any]:
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    return {"command": "python -m benchmarks.quickstart", **environment(), "rows": []}
+    return {"command": command, **environment(), "rows": []}
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

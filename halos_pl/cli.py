@@ -101,6 +101,7 @@ class HalosCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        sys.argv[1:] = own_defaults(sys.argv[1:])
         try:
             super().parse_arguments(parser, args)
         except UsageError as error:
@@ -251,7 +252,7 @@ def run(argv: list[str]) -> int:
     """
     quieten()
     try:
-        sys.argv[1:] = own_defaults(resolve_configs(argv))  # ranks that Lightning launches parse it again
+        sys.argv[1:] = resolve_configs(argv)  # ranks that Lightning launches parse it again
         HalosCLI()
     except SIGTERMException:
         print("halos_pl: ended by SIGTERM; go on with --name NAME --ckpt_path last", file=sys.stderr)

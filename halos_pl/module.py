@@ -211,7 +211,8 @@ class AlignmentModule(L.LightningModule):
             optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         except ValueError as error:
             raise ModelError(f"--model.optimizer: {error}") from error
-        scheduler = learning_rate(optimizer, self.schedule, self.warmup, self.trainer.estimated_stepping_batches)
+        warmup = 0 if getattr(self.trainer, "fast_dev_run", False) else self.warmup  # a dry run ends long before
+        scheduler = learning_rate(optimizer, self.schedule, warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -37,10 +37,10 @@ def own_defaults(argv: Sequence[str]) -> list[str]:
             out.append(word)
             continue
         if name in ("--config", OPTION) and value:
-            now = value if name == OPTION else _of_config(value)
+            now = _named(value) if name == OPTION else _of_config(value)
             place = len(out)
         else:
-            now = None if not option else word if option == OPTION else _of_config(word)
+            now = None if not option else _named(word) if option == OPTION else _of_config(word)
             place = len(out) - 1  # before the option whose value this is
         if now is not None and _short(now) != _short(chosen):
             if (spec := _spec(now, given)) is not None:
@@ -72,10 +72,19 @@ def _of_config(path: str) -> str | None:
     """The objective that a config names; None where it names none or is no config: the parser says what is wrong."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        objective = content["model"]["objective"]
+        return _named(content["model"]["objective"])
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
-    named = objective if isinstance(objective, str) else objective.get("class_path") if objective else None
+
+
+def _named(objective: object) -> str | None:
+    """The class of a name, or of a mapping with `class_path` (as text too)."""
+    if isinstance(objective, str) and objective.lstrip().startswith("{"):
+        try:
+            objective = yaml.safe_load(objective)
+        except yaml.YAMLError:
+            return None
+    named = objective.get("class_path") if isinstance(objective, dict) else objective
     return named if isinstance(named, str) else None
 
 

@@ -39,6 +39,7 @@ def resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (("--model.objective", "SLiC"), "SLiC", {"beta": 1.0}),
         (("--model.objective=SLiC",), "SLiC", {"beta": 1.0}),
         (("--model.objective", "halos_pl.losses.SLiC"), "SLiC", {"beta": 1.0}),
+        (("--model.objective", '{"class_path": "SLiC"}'), "SLiC", {"beta": 1.0}),
         (("--config", "simpo.yaml"), "SimPO", {"beta": 2.0, "gamma": 1.0}),
         (("--config=margin.yaml",), "SimPO", {"beta": 2.0, "gamma": 0.25}),
         (("--config", "word.yaml"), "SLiC", {"beta": 1.0}),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from halos_pl import halo, objectives
 from halos_pl.__main__ import main
 from halos_pl.chat.command import parser as chat_options
 
@@ -57,7 +58,7 @@ def test_every_command_is_known() -> None:
 
 
 def test_the_script_runs(tiny_model: Path, thumbs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (script,) = blocks("python")
+    script, _ = blocks("python")
     assert len([line for line in script.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)
     for name in ("feedback.jsonl", "held_out.jsonl"):
@@ -65,6 +66,21 @@ def test_the_script_runs(tiny_model: Path, thumbs_file: Path, tmp_path: Path, mo
     scope: dict[str, object] = {}
     exec(compile(script.replace("MODEL", str(tiny_model)), "README.md", "exec"), scope)
     assert Path("aligned", "model.safetensors").is_file()
+
+
+def test_the_objective_of_ones_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _, objective = blocks("python")
+    Path("mine.py").write_text(objective)
+    argv = ["fit", "--config", "kto.yaml", "--model.objective", "mine.Arctan", "--trainer.fast_dev_run", "true"]
+    monkeypatch.setattr(sys, "argv", ["halos_pl", *argv])
+    assert main(argv) == 0
+
+
+def test_the_tables_of_objectives_are_what_the_program_says() -> None:
+    assert objectives.markdown() in README
+    assert halo.table() in (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 
 
 def test_the_tree_exists() -> None:

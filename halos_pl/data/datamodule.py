@@ -178,16 +178,18 @@ class AlignmentData(L.LightningDataModule):
                 f"{needs.vocab_size} rows of the model's head; take the tokenizer that belongs to the model"
             )
         self._compare_tokenizers(tokenizer, needs)
-        max_length = self.max_length
+        max_length, max_prompt_length = self.max_length, self.max_prompt_length
         if needs.max_positions is not None and max_length > needs.max_positions:
             rank_zero_info(f"max_length {max_length} is cut to the model's {needs.max_positions} positions")
             max_length = needs.max_positions
+            if max_prompt_length is not None:
+                max_prompt_length = min(max_prompt_length, max_length // 2)
         return CompletionTokenizer(
             tokenizer,
             chat_template=self.chat_template,
             eos_token=self.eos_token,
             max_length=max_length,
-            max_prompt_length=self.max_prompt_length,
+            max_prompt_length=max_prompt_length,
             control=needs.control,
         )
 
