@@ -25,13 +25,14 @@ from halos_pl.data.tokenization import CompletionTokenizer
 from halos_pl.data.tokenizers import load_tokenizer
 from halos_pl.evaluate.interval import clopper_pearson
 from halos_pl.models import ModelSource, load_model
+from halos_pl.quiet import quieten
 from halos_pl.scoring import Scorer
 
 PAIRS = ["--data.train", "nano:pairs", "--model.objective.desirable_weight", "1.2"]
 OBJECTIVES = {
     "KTO": ["--config", "kto.yaml"],
     "DPO": ["--config", "dpo.yaml"],
-    "SFT on the good stories": ["--config", "csft.yaml", "--model.objective", "SFT"],
+    "SFT on the good stories": ["--config", "csft.yaml", "--model.objective", "SFT", "--data.sampler", "shuffle"],
     "CSFT": ["--config", "csft.yaml"],
     "cDPO": ["--config", "cdpo.yaml"],
     "IPO": ["--config", "ipo.yaml"],
@@ -58,11 +59,12 @@ ABLATION = {
     f"power value, α = {alpha}, λ = {aversion}": [
         *(*VALUE, "kahneman_tversky", "--model.objective.alpha", alpha, "--model.objective.loss_aversion", aversion)
     ]
-    for alpha in ("0.7", "0.88", "1.0")
-    for aversion in ("1.5", "2.25", "3.0")
+    for alpha, aversion in (("0.88", "2.25"), ("0.7", "2.25"), ("1.0", "2.25"), ("0.88", "1.5"), ("0.88", "3.0"))
 }
 SETS = {"objectives": OBJECTIVES, "ablation": ABLATION}
 METHODS = OBJECTIVES | ABLATION
+PROMPTS = 400
+"""Of `nano:prompts`, on each of which every run samples one story."""
 FIGURES = ("samples/verified", "text/nll", "samples/distinct")
 
 
@@ -120,13 +122,12 @@ def table(results: dict[str, Any], methods: Sequence[str]) -> str:
         "| | verified, each seed | over all (90 %) | KL, nats a sequence | text loss | distinct | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
-    prompts = 400
     for name in methods:
         rows = sorted((row for row in results["rows"] if row["method"] == name), key=lambda row: row["seed"])
         if not rows:
             continue
         shares = [row["after"]["samples/verified"] for row in rows]
-        ends = clopper_pearson(round(prompts * sum(shares)), prompts * len(shares))
+        ends = clopper_pearson(round(PROMPTS * sum(shares)), PROMPTS * len(shares))
         low, high = (100 * x for x in ends)
         kl, text, distinct = (fmean(row["after"][k] for row in rows) for k in ("kl", "text/nll", "samples/distinct"))
         cells = (
@@ -153,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fit", nargs=argparse.REMAINDER, default=[], help="last: more options for every fit")
     options = parser.parse_args(argv)
     options.work = options.work.resolve()
+    quieten()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     lock = Lock()
