@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
@@ -198,6 +198,7 @@ def describe(module: AlignmentModule) -> str:
     return "\n".join([*lines, f"objective: {module.objective}"])
 
 
+@runtime_checkable
 class Weighted(Protocol):
     """An objective whose two classes have weights."""
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl import losses
-from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport, balance, describe
+from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport, Weighted, balance, describe
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.evaluate import Evaluation
@@ -177,8 +178,10 @@ class HalosCLI(LightningCLI):
         self.datamodule.setup(self.subcommand)
         for stage, dataset in self.datamodule.datasets.items():
             rank_zero_only(print)(f"{stage}: {dataset.report}")
-        if self.subcommand == "fit" and hasattr(self.model.objective, "desirable_weight"):
-            rank_zero_only(print)(balance(self.model.objective, self.datamodule.datasets["train"].labels))
+        if self.subcommand == "fit" and isinstance(self.model.objective, Weighted):
+            stratified = self.datamodule.sampler == "stratified"  # shows as many of both
+            labels = np.array([True, False]) if stratified else self.datamodule.datasets["train"].labels
+            rank_zero_only(print)(balance(self.model.objective, labels))
         if self.subcommand in ("fit", "validate"):
             self.evaluation.read(self.datamodule)
         elif self.evaluation.active:

@@ -11,17 +11,15 @@ Second, a `Witness` declares a, l, E_Q r and v. The loss rebuilt from it must be
 A witness proves a HALO. One that fails proves nothing about others, unless its v rises and falls: then the loss rises
 and falls with r(x, y), which no a, l, Q and v that never falls can do.
 
-A verdict says where a witness strays from the paper. It wants l > 0: without l < 0, −v(−z) takes v's place for
-undesirable completions, and for v = log σ or offline PPO's that is convex in gains. A constant reference point (0, a
-clip bound) is E_Q r of no Q that all policies share. KTO's z0 estimates E_Q r, clamped at 0, below which no KL lies.
+A verdict says where a witness strays from the paper, which wants l > 0: else −v(−z) takes v's place for undesirable
+completions, convex in gains for v = log σ or PPO's. A constant reference point is E_Q r of no Q that all share.
 
 A human value of your own:
-
     >>> @dataclass(frozen=True)
     ... class Arctan(KTO):
-    ...     def losses(self, scores, desirable, z0):
-    ...         gain = torch.where(desirable, 1.0, -1.0) * (scores.logratio - z0)
-    ...         return -torch.atan(self.beta * gain)
+    ...     @property
+    ...     def human_value(self):
+    ...         return torch.atan
     >>> witness = Witness(a=lambda y: y.either(-1, +1), l=0.1, reference_point=lambda y: 0.1 * y.z0, v=torch.atan)
     >>> check(Arctan(beta=0.1), witness).is_halo
     True
@@ -143,12 +141,14 @@ def check(objective: Objective, witness: Witness | None = None, *, reference: bo
 
 
 def table() -> str:
-    """The verdicts on all objectives, in markdown: ✓ yes, – no, blank for not tested."""
+    """The verdicts on all objectives, in Markdown: ✓ yes, (✓) in a wider reading, – no, blank for not tested."""
     verdicts = [*(check(KTO(value=value)) for value in get_args(ValueName)), check(KTO(), reference=False)]
     verdicts += [check(cls()) for cls in OBJECTIVES if cls is not KTO]
-    names, marks = [x.name for x in fields(Verdict)], {True: "✓", False: "–", None: ""}
-    rows = [[x.replace("_", " ") for x in names], ["---"] * len(names)]
-    rows += [[marks.get(cell, cell) for cell in (getattr(v, x) for x in names)] for v in verdicts]
+    marks, rows = {True: "✓", False: "–", None: ""}, [[x.name.replace("_", " ") for x in fields(Verdict)]]
+    rows.append(["---"] * len(rows[0]))
+    for v in verdicts:
+        wider = {"is_halo": "(✓)"} if v.is_halo and ("l < 0" in v.remark or "by label" in v.remark) else {}
+        rows.append([marks.get(cell, cell) for cell in (vars(v) | wider).values()])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

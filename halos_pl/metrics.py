@@ -20,7 +20,8 @@ FORMULAS = {
     "rewards/desirable": "mean implied reward (β·r, or the objective's own) over desirable (chosen) completions",
     "rewards/undesirable": "the same over undesirable (rejected) completions",
     "rewards/margin": "rewards/desirable − rewards/undesirable",
-    "rewards/accuracy": "pairs: share with reward(chosen) > reward(rejected); else: share with (r > z0) = desirable",
+    "rewards/accuracy": "pairs: share with reward(chosen) > reward(rejected); else: share with (r > z0) = desirable "
+    "(z0 is 0 where the step hands in none)",
     "pair_accuracy": "pairs: share whose chosen completion is the likelier one under the policy (summed logp; the mean "
     "of a token where the objective is length-normalised)",
     "logps/desirable": "mean log-probability of desirable (chosen) completions under the policy, nats a completion",
@@ -28,7 +29,7 @@ FORMULAS = {
     "logps/all": "mean log-probability of demonstrations under the policy (SFT)",
     "token_nll": "mean −log-probability of a scored token under the policy, nats",
     "humanline/unclamped": "share of tokens whose log-ratio the humanline clamp leaves as it is",
-    "ppo/clipped": "share of tokens that offline PPO's clip leaves without a gradient",
+    "ppo/clipped": "share of tokens whose surrogate offline PPO's clip holds constant",
     "ppo/critic_loss": "mean ½(value − return)² of the value head",
     "entropy": "mean entropy of the policy's next-token distribution at scored tokens, nats (log_entropy)",
     "completion_tokens": "mean scored tokens of a completion, EOS included",

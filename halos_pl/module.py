@@ -200,8 +200,10 @@ class AlignmentModule(L.LightningModule):
         found = {"logp": scores.logp, "ref_logp": scores.ref_logp, "length": scores.length}
         if scores.entropy is not None:
             found["entropy"] = seq_logratio(scores.entropy, None, batch.completions.cu_seqlens).logp / scores.length
-        if not self.is_reference_free and scores.ref_logp is not None:
-            found |= {"logratio": scores.logratio, "reward": self.objective.rewards(scores)}
+        if scores.ref_logp is not None:
+            found["logratio"] = scores.logratio
+        if not self.is_reference_free:
+            found["reward"] = self.objective.rewards(scores)
         return {name: value for name, value in found.items() if value is not None}
 
     # ------------------------------------------------------------------------------------------ optimization

@@ -32,6 +32,11 @@ def reference_source(objective: Objective, policy: ModelSource, reference: str) 
                 f"{name} compares policy and reference and has no reference-free form: "
                 "set --model.reference copy, or a folder or hub name"
             )
+        if objective.reference_point_from == "none":
+            raise ValueError(
+                f"{name} without a reference compares mean log-probabilities with their z0: leave "
+                "--model.objective.reference_point true, or set --model.reference copy"
+            )
         if objective.token_clamp is not None:
             raise ValueError("humanline clamps log-ratios to a reference: leave it out, or --model.reference none")
         return None

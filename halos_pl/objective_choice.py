@@ -17,6 +17,8 @@ import yaml
 from halos_pl import losses
 
 OPTION = "--model.objective"
+CHOICES = (OPTION, f"{OPTION}.class_path")
+CONFIGS = ("--config", "-c")
 BEGINNING = "KTO"
 """What is chosen before anybody says anything."""
 
@@ -27,39 +29,42 @@ def own_defaults(argv: Sequence[str]) -> list[str]:
     Arguments of the objective that stand on the command line itself (`--model.objective.beta 0.3`) stay as they are,
     before or after the choice.
     """
-    given = {word.split("=")[0].removeprefix(f"{OPTION}.") for word in argv if word.startswith(f"{OPTION}.")}
+    prefix = f"{OPTION}."
+    given = {
+        word.split("=")[0].removeprefix(prefix).removeprefix("init_args.") for word in argv if word.startswith(prefix)
+    }
     out: list[str] = []
-    chosen, option = BEGINNING, ""
+    chosen, option = _find(BEGINNING), ""
     for word in argv:
         name, _, value = word.partition("=")
-        if name in ("--config", "-c", OPTION) and not value:
+        named = name in (*CONFIGS, *CHOICES)
+        if named and not value:
             option = name
             out.append(word)
             continue
-        if name in ("--config", OPTION) and value:
-            now = _named(value) if name == OPTION else _of_config(value)
-            place = len(out)
-        else:
-            now = None if not option else _named(word) if option == OPTION else _of_config(word)
-            place = len(out) - 1  # before the option whose value this is
-        if now is not None and _short(now) != _short(chosen):
-            if (spec := _spec(now, given)) is not None:
-                out[place:place] = [OPTION, spec]
-            chosen = now
+        option, value, place = (name, value, len(out)) if named else (option, word, len(out) - 1)
+        now = _named(value) if option in CHOICES else _of_config(value) if option else None
+        objective = None if now is None else _find(now)
+        if now is not None and objective is not None and objective is not chosen:
+            out[place:place] = [OPTION, _spec(now, objective, given)]  # before the option whose value this is
+            chosen = objective
         out.append(word)
         option = ""
     return out
 
 
-def _spec(class_path: str, given: set[str]) -> str | None:
-    """The class with all its defaults but those given, as JSON; None for what is no dataclass that can be imported."""
+def _find(class_path: str) -> type | None:
+    """The class of that name; None for what is no dataclass that can be imported: the parser says what is wrong."""
     module, _, name = class_path.rpartition(".")
     try:
-        objective = getattr(importlib.import_module(module) if module else losses, name, None)
-    except ImportError:
+        found = getattr(importlib.import_module(module) if module else losses, name, None)
+    except (ImportError, ValueError):
         return None
-    if not (isinstance(objective, type) and dataclasses.is_dataclass(objective)):
-        return None
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
+def _spec(class_path: str, objective: type, given: set[str]) -> str:
+    """The class with all its defaults but those given, as JSON."""
     values = {
         field.name: field.default
         for field in dataclasses.fields(objective)
@@ -86,7 +91,3 @@ def _named(objective: object) -> str | None:
             return None
     named = objective.get("class_path") if isinstance(objective, dict) else objective
     return named if isinstance(named, str) else None
-
-
-def _short(class_path: str) -> str:
-    return class_path.removeprefix("halos_pl.losses.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from halos_pl import halo
 from halos_pl.losses import OBJECTIVES, Objective
 
 HEADER = ("objective", "feedback", "reference", "forward passes a step", "loss of an example", "source")
@@ -32,8 +33,10 @@ def main(argv: list[str]) -> int:
     """Print what there is; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m halos_pl objectives", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="a table in Markdown")
-    if parser.parse_args(argv).markdown:
-        print(markdown())
+    parser.add_argument("--halo", action="store_true", help="which are human-aware losses, in Markdown")
+    options = parser.parse_args(argv)
+    if options.markdown or options.halo:
+        print(halo.table() if options.halo else markdown())
         return 0
     for objective in OBJECTIVES:
         name, feedback, reference, passes, formula, source = cells(objective())

@@ -1,4 +1,4 @@
-"""Human value functions of prospect theory."""
+"""Human value functions: prospect theory's, and those that losses imply."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
         *("halos_pl.needs", "halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring", "halos_kernels", "lightning"),
     },
     "halos_pl.objective_choice": {"halos_pl.losses", "yaml"},
-    "halos_pl.objectives": {"halos_pl.losses"},
+    "halos_pl.objectives": {"halos_pl", "halos_pl.halo", "halos_pl.losses"},
     "halos_pl.needs": {"halos_pl.batch", "halos_pl.losses", "halos_pl.models"},
     "halos_pl.schedule": {"halos_pl.models", "transformers"},
     "halos_pl.resume": {"halos_pl.models"},
@@ -49,7 +49,6 @@ LAYERS: dict[str, set[str]] = {
         *(
             "halos_pl.data",
             "halos_pl.evaluate",
-            "halos_pl.losses",
             "halos_pl.model_card",
             "halos_pl.models",
             "halos_pl.module",
@@ -68,7 +67,7 @@ LAYERS: dict[str, set[str]] = {
         "numpy",
         "transformers",
     },
-    "halos_pl.plots": {"halos_pl.value", "matplotlib", "numpy"},
+    "halos_pl.plots": {"halos_pl.value", "matplotlib"},
     "halos_pl.doctor": {"halos_pl", "halos_kernels", "packaging", "rich", "triton"},
     "halos_pl.__main__": {
         "halos_pl",

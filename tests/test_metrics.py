@@ -1,4 +1,7 @@
-"""Logged means by numbers derived by hand, and every name that a run logs against the table of formulas."""
+"""Logged means by numbers derived by hand, and every name that a run logs against the table of formulas.
+
+The file is long because every name of the table has its derivation here.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from torch import Tensor
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, SFTBatch, UnpairedBatch
 from halos_pl.data import AlignmentData
 from halos_pl.data.collate import sequences
-from halos_pl.losses import DPO, KTO, SFT, Objective, PPOOffline
+from halos_pl.losses import BCO, DPO, IPO, KTO, OBJECTIVES, ORPO, SFT, Objective, PPOOffline, SimPO
 from halos_pl.metrics import FORMULAS, Averages, batch_values
-from halos_pl.module import AlignmentModule
+from halos_pl.module import AlignmentModule, Evaluation
 
 TRAIN_ONLY = {"grad_norm", "lr", "tokens_per_second"}
 
@@ -223,3 +226,98 @@ def test_pair_accuracy_is_the_share_of_likelier_chosen_completions() -> None:
     averages.update(batch_values(PairedBatch(rows), scores, logp[:3], logp, None, None))
     assert averages.compute()["pair_accuracy"].item() == pytest.approx(2 / 3)
     assert averages.compute()["rewards/accuracy"].item() == pytest.approx(2 / 3)
+
+
+# -------------------------------------------------------------------------------------------------- of one objective
+
+
+def tokens(ratios: list[float], lengths: tuple[int, ...], **more: Any) -> CompletionLogps:
+    """Scores of tokens with these probability ratios."""
+    logratio = torch.tensor(ratios, dtype=torch.float64).log()
+    sums = torch.stack([x.sum() for x in logratio.split(list(lengths))])
+    return CompletionLogps(sums, sums, torch.tensor(lengths), logratio, sums, logratio, **more)
+
+
+def diagnosed(objective: Objective, x: CompletionLogps, desirable: list[bool] | None = None) -> dict[str, float]:
+    labels = None if desirable is None else torch.tensor(desirable)
+    return mean({name: (value, None) for name, value in objective.diagnostics(x, labels).items()})
+
+
+def test_unclamped_tokens_lie_inside_the_humanline() -> None:
+    x = tokens([1.0] * 5, (2, 3))
+    ratios = torch.tensor([-1.0, -0.99, 0.0, 1.49, 1.5], dtype=torch.float64)  # clamped tokens lie on a bound
+    x = CompletionLogps(**(vars(x) | {"token_logratio": ratios}))
+    for objective in (KTO(humanline=(-1.0, 1.5)), DPO(humanline=(-1.0, 1.5)), BCO(humanline=(-1.0, 1.5))):
+        assert diagnosed(objective, x, [True, False]) == {"humanline/unclamped": pytest.approx(3 / 5)}
+    assert diagnosed(KTO(humanline=(-0.5, 9.0)), x)["humanline/unclamped"] == pytest.approx(3 / 5)
+    assert diagnosed(KTO(humanline=(-9.0, 0.5)), x)["humanline/unclamped"] == pytest.approx(3 / 5)
+    assert diagnosed(KTO(), x) == {}
+
+
+UP, DOWN = [0.2, 0.3, 0.4, 2.5], [0.3, 0.4, 0.6, 3.0]
+"""Ratios under a positive advantage, of which the clip stops the last; under a negative one it stops the first two."""
+
+
+def test_the_share_that_ppo_clips_by_hand() -> None:
+    """One bound for every token would give 2/8 or 5/8, the wrong one of the two 4/8, either of them 7/8."""
+    ppo = PPOOffline(clip_low=0.5, clip_high=2.0)
+    assert diagnosed(ppo, tokens(UP + DOWN, (4, 4)), [True, False])["ppo/clipped"] == 3 / 8
+    assert diagnosed(ppo, tokens(UP, (4,)), [True])["ppo/clipped"] == 1 / 4
+    assert diagnosed(ppo, tokens(DOWN, (4,)), [False])["ppo/clipped"] == 2 / 4
+    assert diagnosed(ppo, tokens([0.5, 2.0] * 2, (2, 2)), [True, False])["ppo/clipped"] == 0, "on a bound is inside"
+    scored = PPOOffline(reward="score", clip_low=0.35, clip_high=2.75)
+    x = tokens(DOWN + UP, (4, 4), score=torch.tensor([0.25, -3.0]))
+    assert diagnosed(scored, x, [False, True])["ppo/clipped"] == 3 / 8, "the sign is the score's: 3.0, and 0.2, 0.3"
+
+
+def test_clipped_tokens_are_those_without_a_gradient() -> None:
+    ratios = torch.linspace(0.2, 3.0, 30, dtype=torch.float64).tolist()
+    x = tokens(ratios * 2, (30, 30))
+    logratio = x.token_logratio.requires_grad_()  # type: ignore[union-attr]
+    labels, ppo = torch.tensor([True, False]), PPOOffline(clip_low=0.7, clip_high=1.4)
+    ppo.losses(x, labels).sum().backward()
+    assert torch.equal(ppo.diagnostics(x, labels)["ppo/clipped"], logratio.grad == 0)
+    assert 0 < (logratio.grad == 0).sum() < 60
+
+
+def test_the_critics_loss_by_hand() -> None:
+    """Returns ½, 1 | −1 against values 0, ½ | 1."""
+    x = tokens([1.0, 5.0, 0.1], (2, 1), value=torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True))
+    found = diagnosed(PPOOffline(critic=True, gamma=0.5), x, [True, False])
+    assert found["ppo/critic_loss"] == pytest.approx((0.125 + 0.125 + 2.0) / 3)
+    assert "ppo/critic_loss" not in diagnosed(PPOOffline(), x, [True, False])
+    values = PPOOffline(critic=True).diagnostics(x, torch.tensor([True, False])).values()
+    assert not any(value.requires_grad for value in values)
+
+
+@pytest.mark.parametrize("cls", [x for x in OBJECTIVES if x.view == "paired"])
+def test_pair_accuracy_is_of_means_where_the_loss_is(cls: type[Objective], tiny_model: Path) -> None:
+    """Sums say wrong, wrong, right; means of a token say right, wrong, right."""
+    logp, lengths = [-4.0, -6.0, -1.0, -3.0, -2.0, -9.0], (4, 2, 1, 1, 2, 3)
+    x, batch = scores(logp, [0.0] * 6, lengths), PairedBatch(rows(*lengths))
+    module = AlignmentModule(cls(), policy=str(tiny_model))
+    found = mean(module._values(batch, Evaluation(torch.zeros(3), x, None, None, None, {})))
+    assert found["pair_accuracy"] == pytest.approx(2 / 3 if cls in (IPO, SimPO, ORPO) else 1 / 3)
+
+
+def test_kl_of_bco_is_its_running_mean(tiny_model: Path, thumbs_file: Path) -> None:
+    """One figure a micro-batch, not one of its rows; nothing is known before a clamp, and it may be negative."""
+    batch = UnpairedBatch(rows(1, 1, 1), desirable=torch.tensor([True, True, False]))
+    x = scores([-1.0] * 3, [-0.4, -0.4, -0.6], (1, 1, 1))
+    found = mean(*(batch_values(batch, x, torch.ones(3), torch.ones(3), torch.tensor(z0), None) for z0 in (-0.5, -0.3)))
+    assert found["kl"] == pytest.approx(-0.4)
+    assert not {"kl_raw", "kl_unclamped"} & found.keys()
+    assert found["rewards/accuracy"] == pytest.approx((1 + 1 / 3) / 2), "against z0: + + − and then − − −"
+
+    module = AlignmentModule(BCO(), policy=str(tiny_model), reference="copy", dtype="float64")
+    module.configure_model()
+    module.running_mean.total.fill_(-3.0)  # type: ignore[union-attr]
+    module.running_mean.count.fill_(2.0)  # type: ignore[union-attr]
+    data = AlignmentData(train=str(thumbs_file), batch_size=4)
+    data.needs = module.data_needs
+    data.setup("fit")
+    first = next(iter(data.train_dataloader()))
+    module.train().training_step(first, 0)
+    assert module.train_averages.compute()["kl"].item() == pytest.approx(-3 / 6), "policy == reference: four zeros"
+    module.eval().validation_step(first, 0)
+    assert module.val_averages.compute()["kl"].item() == pytest.approx(-3 / 6), "which validation does not add to"

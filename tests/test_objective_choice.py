@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import yaml
 
 from halos_pl.__main__ import main
-from halos_pl.objective_choice import own_defaults
+from halos_pl.module import AlignmentModule
+from halos_pl.objective_choice import BEGINNING, own_defaults
 
 
 @pytest.fixture
@@ -49,6 +51,8 @@ def resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (("--model.objective.beta", "7", "--model.objective", "SimPO"), "SimPO", {"beta": 7}),
         (("--config", "kto.yaml", "--model.objective", "APOZero"), "APOZero", {"reference_point": False, "beta": 0.1}),
         (("--config", "kto.yaml", "--model.objective", "KTO"), "KTO", {"beta": 0.5, "desirable_weight": 4.0}),
+        (("--config", "kto.yaml", "--model.objective", "halos_pl.losses.kto.KTO"), "KTO", {"beta": 0.5}),
+        (("--model.objective.init_args.beta", "7", "--model.objective", "SimPO"), "SimPO", {"beta": 7}),
         (("--config", "kto.yaml", "--model.objective.beta", "0.2"), "KTO", {"beta": 0.2, "desirable_weight": 4.0}),
     ],
 )
@@ -56,6 +60,11 @@ def test_arguments(argv: tuple[str, ...], name: str, arguments: dict[str, Any], 
     found, values = resolved(*argv)
     assert found == name
     assert {key: values[key] for key in arguments} == arguments
+
+
+def test_what_is_chosen_at_the_beginning_is_the_module_s_default() -> None:
+    default = inspect.signature(AlignmentModule).parameters["objective"].default
+    assert type(default).__name__ == BEGINNING
 
 
 @pytest.mark.parametrize(

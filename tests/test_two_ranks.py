@@ -63,6 +63,9 @@ def test_two_ranks_train_as_one_process_does(name: str, ranks: tuple[Results, Re
         ("mean of no rows", 0.0),
         ("z0 of a positive mean", 12 / 6),  # clamped before the mean over ranks: 2.5 or 3.33
         ("z0 of a negative mean", 0.0),
+        ("running mean after 1", 12 / 6),
+        ("running mean after 2", 28 / 9),  # a mean of the batches' means: 3.67; of the ranks': 2.95
+        ("running mean after 3", 28 / 9),
         ("step gradient", 55 / 10),
         ("average loss", 24 / 6),
         ("average rewards/desirable", 4.0),  # a class on one rank only

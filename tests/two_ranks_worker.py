@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from halos_pl.accumulation import StepMean
 from halos_pl.data import AlignmentData
 from halos_pl.evaluate import Evaluation
-from halos_pl.losses import DPO, KTO, SFT, Objective
+from halos_pl.losses import BCO, DPO, KTO, SFT, Objective
 from halos_pl.metrics import Averages
 from halos_pl.module import AlignmentModule
-from halos_pl.scoring import global_mean, reference_point
+from halos_pl.scoring import RunningMean, global_mean, reference_point
 
 STEPS = 8
 
@@ -40,6 +40,7 @@ CASES = {
     "sft, accumulated": Case(SFT(), "pairs", 4, accumulate=2),
     "dpo": Case(DPO(beta=0.5), "pairs", 4),
     "kto": Case(KTO(beta=0.5, undesirable_weight=1.5), "pairs", 8),
+    "bco": Case(BCO(beta=0.5, undesirable_weight=1.5), "thumbs", 4),
     "kto, one class a rank": Case(KTO(beta=0.5), "thumbs", 2),
 }
 
@@ -126,6 +127,9 @@ def uneven(rank: int) -> dict[str, float]:
         (step.normalize(replica(micro_batch[:, None])) / 2).backward()
     step.rescale(linear.parameters(), 2)
     assert linear.weight.grad is not None
+    running = RunningMean()
+    for k, micro_batch in enumerate((mine([6, 0], [3, 3, -2, 2]), mine([2, 7, 7], []), mine([], []))):
+        found[f"running mean after {k + 1}"] = running(micro_batch).item()
     return found | {
         "step gradient": linear.weight.grad.item(),
         "mean of 2 and 4 rows": global_mean(mine([6, 0], [3, 3, -2, 2])).item(),

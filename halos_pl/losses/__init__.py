@@ -7,11 +7,12 @@ reference, passes, formula and source of each: `python -m halos_pl objectives`.
 from __future__ import annotations
 
 from halos_pl.losses.bco import BCO, bco_loss
+from halos_pl.losses.checks import NaNError
 from halos_pl.losses.dpo import CDPO, DPO, cdpo_loss, dpo_loss
 from halos_pl.losses.ipo import IPO, ipo_loss
 from halos_pl.losses.kto import KTO, APOZero, kto_loss
 from halos_pl.losses.kto_v1 import KTOv1, kto_v1_loss
-from halos_pl.losses.objective import LogRatioObjective, NaNError, Objective
+from halos_pl.losses.objective import LogRatioObjective, Objective
 from halos_pl.losses.orpo import ORPO, orpo_loss
 from halos_pl.losses.ppo import PPOOffline, ppo_offline_loss
 from halos_pl.losses.sft import CSFT, SFT, sft_loss

@@ -8,8 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from halos_pl.batch import CompletionLogps, View
+from halos_pl.losses.checks import check_positive
 from halos_pl.losses.kto import kto_loss
-from halos_pl.losses.objective import LogRatioObjective, ReferencePoint, check_positive, labels
+from halos_pl.losses.objective import LogRatioObjective, ReferencePoint, labels
 
 
 def bco_loss(
@@ -26,8 +27,9 @@ def bco_loss(
         loss = −λ·log σ(s·beta·(logratio − z0))
 
     with s = 1 and λ = desirable_weight where desirable, s = −1 and λ = undesirable_weight elsewhere. The paper's reward
-    shift δ is beta·z0. This is `kto_loss` with the concave value log σ; what differs is where z0 comes from. The
-    paper's density-ratio weights for prompts that differ between the classes are not in it.
+    shift δ, half the sum of the two class means, is beta·z0 where both classes are equally frequent. This is `kto_loss`
+    with the concave value log σ; what differs is where z0 comes from. The paper's density-ratio weights for prompts
+    that differ between the classes are not in it.
 
     Args:
         logratio: [B] log-probability of the completion, policy − reference, in nats.
@@ -62,7 +64,8 @@ def bco_loss(
 @dataclass(frozen=True)
 class BCO(LogRatioObjective):
     """Binary Classifier Optimization (see `bco_loss`). The reference point is the mean log-ratio of all completions
-    trained on so far, over all ranks; it is part of a checkpoint.
+    trained on so far (as in TRL), over all ranks; it is part of a checkpoint. Under `--data.sampler stratified` it is
+    the paper's, the mean of the two class means.
 
     Args:
         beta: How strongly the policy is held to the reference, > 0.

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import LogRatioObjective, check_floating, check_positive
+from halos_pl.losses.checks import check_floating, check_positive, check_range
+from halos_pl.losses.objective import LogRatioObjective
 
 
 def dpo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float) -> Tensor:
@@ -62,7 +63,7 @@ def cdpo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, *, beta: float
         tensor([2.])
     """
     check_positive("beta", beta)
-    _check_epsilon(epsilon)
+    check_range("epsilon", epsilon, "[0, 0.5)")
     check_floating(chosen_logratio=chosen_logratio, rejected_logratio=rejected_logratio)
     gain = beta * (chosen_logratio - rejected_logratio)
     if not epsilon:
@@ -115,13 +116,8 @@ class CDPO(DPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_epsilon(self.epsilon)
+        check_range("epsilon", self.epsilon, "[0, 0.5)")
 
     def losses(self, scores: CompletionLogps, desirable: Tensor | None = None, z0: Tensor | None = None) -> Tensor:
         chosen, rejected = scores.pairs()
         return cdpo_loss(chosen.logratio, rejected.logratio, beta=self.beta, epsilon=self.epsilon)
-
-
-def _check_epsilon(epsilon: float) -> None:
-    if not 0 <= epsilon < 0.5:
-        raise ValueError(f"epsilon must be in [0, 0.5), got {epsilon!r}")

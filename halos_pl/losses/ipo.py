@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import LogRatioObjective, check_floating, check_lengths, check_positive
+from halos_pl.losses.checks import check_floating, check_lengths, check_positive
+from halos_pl.losses.objective import LogRatioObjective
 
 
 def ipo_loss(

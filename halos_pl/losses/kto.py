@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -11,19 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import (
-    LogRatioObjective,
-    NaNError,
-    ReferenceFree,
-    ReferencePoint,
-    check_floating,
-    check_labels,
-    check_positive,
-    labels,
-)
+from halos_pl.losses.checks import NaNError, check_floating, check_labels, check_positive, check_range
+from halos_pl.losses.objective import LogRatioObjective, ReferenceFree, ReferencePoint, labels
 from halos_pl.value import kahneman_tversky
 
 ValueName = Literal["logistic", "log_logistic", "identity", "kahneman_tversky"]
+HumanValue = Callable[[Tensor], Tensor]
 
 
 def kto_loss(
@@ -34,7 +28,7 @@ def kto_loss(
     beta: float,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-    value: ValueName = "logistic",
+    value: ValueName | HumanValue = "logistic",
     alpha: float = 0.88,
     loss_aversion: float = 2.25,
 ) -> Tensor:
@@ -48,6 +42,7 @@ def kto_loss(
         log_logistic        v = log σ(x)      c = 0    concave: risk-averse throughout
         identity            v = x             c = 0    risk-neutral
         kahneman_tversky    v = equation 6    c = 0    see `halos_pl.value.kahneman_tversky`
+        a function          v = that          c = 0    of gains [B], in beta·nats, to values [B]
 
     Args:
         logratio: [B] log-probability of the completion, policy − reference, in nats.
@@ -57,7 +52,7 @@ def kto_loss(
         beta: > 0; how strongly the policy is held to the reference.
         desirable_weight: λ of desirable completions, ≥ 0.
         undesirable_weight: λ of undesirable completions, ≥ 0.
-        value: The human value function.
+        value: The human value function, by name or as a function.
         alpha: Exponent of `kahneman_tversky`, in (0, 1]; other values do not read it.
         loss_aversion: Weight of losses in `kahneman_tversky`, > 0; other values do not read it.
 
@@ -92,6 +87,8 @@ def kto_loss(
         loss = -F.logsigmoid(gain)
     elif value == "identity":
         loss = -gain
+    elif callable(value):
+        loss = -value(gain)
     else:
         loss = -kahneman_tversky(gain, alpha=alpha, loss_aversion=loss_aversion)
     return torch.where(desirable, desirable_weight * loss, undesirable_weight * loss)
@@ -143,6 +140,11 @@ class KTO(LogRatioObjective):
     def reference_point_from(self) -> ReferencePoint:
         return "mismatched" if self.reference_point else "none"
 
+    @property
+    def human_value(self) -> ValueName | HumanValue:
+        """The value that `kto_loss` takes; override it with a function of gains for a human value of your own."""
+        return self.value
+
     def losses(self, scores: CompletionLogps, desirable: Tensor | None, z0: Tensor | None) -> Tensor:
         if (z0 is not None) != self.reference_point:
             expected = "a tensor" if self.reference_point else "None"
@@ -154,7 +156,7 @@ class KTO(LogRatioObjective):
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
-            value=self.value,
+            value=self.human_value,
             alpha=self.alpha,
             loss_aversion=self.loss_aversion,
         )
@@ -173,9 +175,9 @@ class APOZero(KTO):
         beta: How strongly the policy is held to the reference, > 0.
         desirable_weight: Weight of desirable completions, >= 0.
         undesirable_weight: Weight of undesirable completions, >= 0.
-        value: As of KTO.
-        alpha: As of KTO.
-        loss_aversion: As of KTO.
+        value: logistic; with another one it is KTO.
+        alpha: Of no use here.
+        loss_aversion: Of no use here.
         reference_point: false; with a reference point it is KTO.
         humanline: Bounds of every token's log-ratio, [-1.0, 1.5] in HALOs; a token outside gets no gradient.
     """
@@ -183,27 +185,29 @@ class APOZero(KTO):
     formula: ClassVar[str] = "λ(1 − σ(±β r))"
     source: ClassVar[str] = "D'Oosterlinck et al. 2024"
 
+    reference_free: ClassVar[ReferenceFree] = "refused"
+
     reference_point: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reference_point:
-            raise ValueError("reference_point must be false for APOZero, got True: with one it is KTO")
+        if self.reference_point or self.value != "logistic":
+            told = f"reference_point={self.reference_point!r}, value={self.value!r}"
+            raise ValueError(f"APOZero has no reference point and the logistic value, got {told}: that is KTO")
 
 
 def _check_numbers(
     beta: float,
     desirable_weight: float,
     undesirable_weight: float,
-    value: str,
+    value: str | HumanValue,
     alpha: float,
     loss_aversion: float,
 ) -> None:
     check_positive("beta", beta)
     check_positive("desirable_weight", desirable_weight, or_zero=True)
     check_positive("undesirable_weight", undesirable_weight, or_zero=True)
-    if value not in get_args(ValueName):
+    if not callable(value) and value not in get_args(ValueName):
         raise ValueError(f"value must be one of {', '.join(get_args(ValueName))}, got {value!r}")
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
+    check_range("alpha", alpha, "(0, 1]")
     check_positive("loss_aversion", loss_aversion)

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import (
-    LogRatioObjective,
-    check_floating,
-    check_labels,
-    check_positive,
-    labels,
-    readable,
-)
+from halos_pl.losses.checks import check_floating, check_labels, check_positive, readable
+from halos_pl.losses.objective import LogRatioObjective, labels
 
 
 def kto_v1_loss(logratio: Tensor, desirable: Tensor, *, beta: float) -> Tensor:

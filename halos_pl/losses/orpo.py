@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import Objective, check_floating, check_lengths, check_positive
+from halos_pl.losses.checks import check_floating, check_lengths, check_positive
+from halos_pl.losses.objective import Objective
 
 
 def orpo_loss(
@@ -54,7 +55,7 @@ def orpo_loss(
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1 − p)) from log p; p is held one rounding below 1, where the odds are infinite."""
+    """log(p / (1 − p)) [any] from log p; p is held one rounding below 1, where the odds are infinite."""
     logp = logp.clamp_max(-torch.finfo(logp.dtype).eps)
     return logp - (-torch.expm1(logp)).log()
 

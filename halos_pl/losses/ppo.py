@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -11,15 +10,9 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import (
-    LogRatioObjective,
-    Unit,
-    check_floating,
-    check_lengths,
-    check_positive,
-    labels,
-    readable,
-)
+from halos_pl.losses.advantage import generalized_advantage, rows_of
+from halos_pl.losses.checks import check_floating, check_positive, check_range
+from halos_pl.losses.objective import LogRatioObjective, Unit, labels
 
 RewardFrom = Literal["label", "score"]
 RATIO_LIMIT = 20.0
@@ -58,42 +51,6 @@ def ppo_offline_loss(token_logratio: Tensor, advantage: Tensor, *, clip_low: flo
     check_floating(token_logratio=token_logratio, advantage=advantage)
     ratio = _ratio(token_logratio)
     return -torch.minimum(ratio * advantage, ratio.clamp(clip_low, clip_high) * advantage)
-
-
-def generalized_advantage(
-    value: Tensor, reward: Tensor, length: Tensor, *, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of each token (Schulman et al. 2016, equation 16). Each row is an episode of its own.
-
-        δ_t = reward_t + gamma·value_{t+1} − value_t        value is 0 after a row's last token
-        advantage_t = Σ_k (gamma·gae_lambda)^k δ_{t+k}      return_t = Σ_k gamma^k reward_{t+k}
-
-    Args:
-        value: [N] predicted return from each token on, row after row.
-        reward: [N] of each token.
-        length: [R] tokens of each row, Σ = N.
-        gamma: Discount of a step, in [0, 1].
-        gae_lambda: In [0, 1]: 0 trusts the next value, 1 the rewards.
-
-    Returns:
-        [N] advantages and [N] returns, without gradient.
-
-    Raises:
-        ValueError: on unequal shapes, inputs that are NaN or not floating point, or a number out of range.
-
-    Example:
-        >>> import torch
-        >>> value, reward = torch.zeros(3), torch.tensor([0.0, 1.0, -1.0])
-        >>> generalized_advantage(value, reward, torch.tensor([2, 1]), gamma=0.5, gae_lambda=1.0)[0]
-        tensor([ 0.5000,  1.0000, -1.0000])
-    """
-    _check_share("gamma", gamma)
-    _check_share("gae_lambda", gae_lambda)
-    check_floating(value=value, reward=reward)
-    value, reward, row = value.detach(), reward.detach(), rows_of(length, value.shape[0])
-    following = torch.where(row[1:] == row[:-1], value[1:], 0.0)
-    delta = reward + gamma * torch.nn.functional.pad(following, (0, 1)) - value
-    return _discounted(delta, row, gamma * gae_lambda), _discounted(reward, row, gamma)
 
 
 @dataclass(frozen=True)
@@ -137,8 +94,8 @@ class PPOOffline(LogRatioObjective):
             raise ValueError(f"reward must be one of {', '.join(get_args(RewardFrom))}, got {self.reward!r}")
         if not isinstance(self.critic, bool):
             raise ValueError(f"critic must be true or false, got {self.critic!r}")
-        _check_share("gamma", self.gamma)
-        _check_share("gae_lambda", self.gae_lambda)
+        check_range("gamma", self.gamma, "[0, 1]")
+        check_range("gae_lambda", self.gae_lambda, "[0, 1]")
         check_positive("critic_coef", self.critic_coef, or_zero=True)
         check_positive("kl_coef", self.kl_coef, or_zero=True)
 
@@ -167,7 +124,7 @@ class PPOOffline(LogRatioObjective):
     def diagnostics(self, scores: CompletionLogps, desirable: Tensor | None) -> Mapping[str, Tensor]:
         advantage, returns = self._advantages(scores, desirable)
         ratio = _ratio(self._logratio(scores).detach())
-        clipped = torch.where(advantage > 0, ratio > self.clip_high, ratio < self.clip_low)
+        clipped = ((advantage > 0) & (ratio > self.clip_high)) | ((advantage < 0) & (ratio < self.clip_low))
         more = {"ppo/critic_loss": _critic_loss(scores, returns).detach()} if self.critic else {}
         return {**super().diagnostics(scores, desirable), "ppo/clipped": clipped, **more}
 
@@ -199,14 +156,6 @@ class PPOOffline(LogRatioObjective):
         return (advantage - mean) * (variance + 1e-8).rsqrt(), returns
 
 
-def rows_of(length: Tensor, tokens: int) -> Tensor:
-    """[N] the row of each token, for rows of `length` [R] tokens one after another."""
-    check_lengths(length, length=length)
-    if length.ndim != 1 or (readable(length) and int(length.sum()) != tokens):
-        raise ValueError(f"length must be [R] and add up to the {tokens} tokens, got {length.tolist()}")
-    return torch.repeat_interleave(torch.arange(length.shape[0], device=length.device), length, output_size=tokens)
-
-
 def _ratio(logratio: Tensor) -> Tensor:
     bounded = logratio.clamp_max(RATIO_LIMIT)
     return bounded.exp() * (1 + logratio - bounded)
@@ -223,23 +172,6 @@ def _critic_loss(scores: CompletionLogps, returns: Tensor) -> Tensor:
     return 0.5 * (scores.value.to(returns.dtype) - returns).square()
 
 
-def _discounted(x: Tensor, row: Tensor, discount: float) -> Tensor:
-    """Σ_k discount^k x_{t+k} within each row, in log₂ N passes over all tokens."""
-    step = 1
-    while step < x.shape[0]:
-        same = row[step:] == row[:-step]
-        x = x + torch.nn.functional.pad(torch.where(same, discount**step * x[step:], 0.0), (0, step))
-        step *= 2
-    return x
-
-
 def _check_clip(low: float, high: float) -> None:
-    if not 0 < low <= 1:
-        raise ValueError(f"clip_low must be in (0, 1], got {low!r}")
-    if not (math.isfinite(high) and high >= 1):
-        raise ValueError(f"clip_high must be a finite number >= 1, got {high!r}")
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    check_range("clip_low", low, "(0, 1]")
+    check_range("clip_high", high, "[1, inf)")

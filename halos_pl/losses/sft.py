@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import Objective, Unit, check_floating
+from halos_pl.losses.checks import check_floating
+from halos_pl.losses.objective import Objective, Unit
 
 
 def sft_loss(token_logp: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import Objective, check_floating, check_lengths, check_positive
+from halos_pl.losses.checks import check_floating, check_lengths, check_positive
+from halos_pl.losses.objective import Objective
 
 
 def simpo_loss(
@@ -62,8 +63,7 @@ class SimPO(Objective):
 
     Args:
         beta: Scale of the rewards, > 0.
-        gamma: Margin that the rewards shall differ by, >= 0 (the paper's γ; its
-            advice: 0.3 to 1.6 for beta 2 to 2.5).
+        gamma: Margin that the rewards shall differ by, >= 0 (the paper's γ).
     """
 
     view: ClassVar[View] = "paired"

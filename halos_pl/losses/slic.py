@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from halos_pl.batch import CompletionLogps, View
-from halos_pl.losses.objective import Objective, check_floating, check_positive
+from halos_pl.losses.checks import check_floating, check_positive
+from halos_pl.losses.objective import Objective
 
 
 def slic_loss(chosen_logp: Tensor, rejected_logp: Tensor, *, beta: float, lambda_coef: float) -> Tensor:

@@ -47,13 +47,13 @@ class Scorer(nn.Module):
     def forward(
         self, rows: Sequences, *, entropy: bool = False, then: Callable[[Head], T] | None = None
     ) -> TokenScores | T:
-        """Log-probability [N] of every scored token, in nats (and the entropy [N] of its distribution).
+        """Log-probability [N] of every scored token, in nats (and the entropy [N] of its distribution; and its value).
 
         With `then`: what that returns, called with hidden states [N, d] and head while the weights are whole. It asks
-        for the entropies itself: both together raise ValueError.
+        for the entropies itself, and sees no value: together with either it raises ValueError.
         """
-        if then is not None and entropy:
-            raise ValueError("entropy is of the log-probabilities, which `then` replaces")
+        if then is not None and (entropy or self.value_head is not None):
+            raise ValueError("entropy and value go with the log-probabilities, which `then` replaces")
         body = backbone(self.lm)
         hidden = [body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in rows.blocks]
         predicting = (hidden[0] if len(hidden) == 1 else torch.cat(hidden)).index_select(0, rows.predictors)
@@ -78,7 +78,8 @@ def score_both(
 ) -> tuple[TokenScores, TokenScores]:
     """Policy and reference on the same rows; only the policy's part carries a gradient.
 
-    Where gradients are off, both heads go in one launch, inside both forwards, and `entropy` is of both.
+    Where gradients are off (and there is no value head), both heads go in one launch, inside both forwards, and
+    `entropy` is of both.
     """
     if torch.is_grad_enabled() or policy.value_head is not None:
         with torch.no_grad():

@@ -219,8 +219,26 @@ def test_apo_zero_by_hand():
         objective.losses(scores(r), desirable, torch.tensor(0.0))
     with pytest.raises(ValueError, match=r"beta must be a finite number > 0, got -1\.0"):
         APOZero(beta=-1.0)
-    with pytest.raises(ValueError, match="reference_point must be false for APOZero, got True"):
-        APOZero(reference_point=True)
+    for other in ({"reference_point": True}, {"value": "identity"}):
+        with pytest.raises(ValueError, match="APOZero has no reference point and the logistic value, got "):
+            APOZero(**other)
+
+
+@pytest.mark.parametrize("reference_point", [True, False])
+def test_a_human_value_of_ones_own_keeps_weights_and_reference_point(reference_point):
+    class Arctan(KTO):
+        @property
+        def human_value(self):
+            return torch.atan
+
+    r, desirable = inputs()
+    z0 = torch.tensor(0.75, dtype=torch.float64) if reference_point else None
+    objective = Arctan(beta=0.3, desirable_weight=1.5, undesirable_weight=0.25, reference_point=reference_point)
+    loss = objective.losses(scores(r), desirable, z0)
+    point = 0.75 if reference_point else 0.0
+    sides = [(1.5, 0.3) if d else (0.25, -0.3) for d in DESIRABLE]
+    by_hand = [-weight * math.atan(beta * (x - point)) for x, (weight, beta) in zip(R, sides, strict=True)]
+    assert loss.tolist() == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_docstring_examples():

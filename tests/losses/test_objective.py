@@ -2,27 +2,43 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 import re
 
 import pytest
 import torch
 
 import halos_pl.losses
-from halos_pl.losses import DPO, KTO, SFT, Objective
-from halos_pl.losses.objective import check_floating, check_positive
+from halos_pl.losses import KTO, OBJECTIVES, Objective
+from halos_pl.losses.checks import check_floating, check_positive
 
-OBJECTIVES = [KTO, DPO, SFT]
-DECLARED = ("view", "unit", "needs_reference", "reference_free")
+DECLARED = ("view", "unit", "needs_reference", "reference_free", "length_normalised", "equal_halves")
 
 
 def test_what_each_declares():
     declared = {x.__name__: tuple(getattr(x, name) for name in DECLARED) for x in OBJECTIVES}
     assert declared == {
-        "KTO": ("unpaired", "example", True, "mean_logp"),
-        "DPO": ("paired", "example", True, "refused"),
-        "SFT": ("sft", "token", False, "refused"),
+        "KTO": ("unpaired", "example", True, "mean_logp", False, False),
+        "DPO": ("paired", "example", True, "refused", False, False),
+        "SFT": ("sft", "token", False, "refused", False, False),
+        "CDPO": ("paired", "example", True, "refused", False, False),
+        "IPO": ("paired", "example", True, "refused", True, False),
+        "SimPO": ("paired", "example", False, "refused", True, False),
+        "SLiC": ("paired", "example", False, "refused", False, False),
+        "ORPO": ("paired", "example", False, "refused", True, False),
+        "PPOOffline": ("unpaired", "token", True, "refused", False, False),
+        "CSFT": ("unpaired", "token", False, "refused", False, False),
+        "KTOv1": ("unpaired", "example", True, "refused", False, True),
+        "APOZero": ("unpaired", "example", True, "refused", False, False),
+        "BCO": ("unpaired", "example", True, "refused", False, False),
     }
-    assert {x.__name__ for x in OBJECTIVES if x().reference_point_from == "mismatched"} == {"KTO"}
+    sources = {x.__name__: x().reference_point_from for x in OBJECTIVES if x().reference_point_from != "none"}
+    assert sources == {"KTO": "mismatched", "BCO": "running_mean"}
+
+
+def test_all_have_a_formula_and_a_source_for_the_table():
+    assert all(x.formula and x.source for x in OBJECTIVES)
+    assert len({x.formula for x in OBJECTIVES}) == len(OBJECTIVES)
 
 
 @pytest.mark.parametrize("cls", OBJECTIVES)
@@ -83,3 +99,9 @@ def test_floating_and_of_one_shape():
         check_floating(a=torch.zeros(2), b=torch.ones(1))
     with pytest.raises(ValueError, match=re.escape("a must be floating point, got torch.bool")):
         check_floating(a=torch.zeros(2).bool(), b=torch.ones(2))
+
+
+def test_no_loss_computes_probabilities_itself():
+    """Log-probabilities come from the fused kernels; a second softmax would be a second definition."""
+    folder = pathlib.Path(halos_pl.losses.__file__).parent
+    assert not [path.name for path in folder.glob("*.py") if "softmax" in path.read_text(encoding="utf-8")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from halos_pl.batch import Sequences
 from halos_pl.data.collate import sequences
-from halos_pl.models import ModelSource, find_head, load_model, verify_head
+from halos_pl.models import ModelSource, backbone, find_head, load_model, verify_head
 from halos_pl.scoring import Scorer, score_both
 
 V = 61
@@ -189,3 +190,88 @@ def test_both_heads_in_one_call_without_gradients(monkeypatch: pytest.MonkeyPatc
     assert not without.logp.requires_grad
     assert torch.equal(with_gradient.logp, both[0].logp)
     assert torch.equal(without.logp, both[1].logp)
+
+
+# -------------------------------------------------------------------------------------------------- value head
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama, tied", "gpt_neox", "phi"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_the_value_head_starts_at_zero_in_the_dtype_of_the_log_probabilities(name: str, dtype: str) -> None:
+    rows = make_rows()
+    scorer = Scorer(build(name, dtype), value_head=True)
+    out = scorer(rows)
+    assert out.value is not None
+    assert out.value.shape == out.logp.shape == (rows.num_scored,)
+    assert out.value.dtype == out.logp.dtype
+    assert (out.value == 0).all()
+    assert out.value.requires_grad
+    assert {p.dtype for p in scorer.parameters()} == {getattr(torch, dtype)}, "an optimizer sees one dtype"
+    assert torch.equal(out.logp, Scorer(scorer.lm)(rows).logp)
+
+
+def test_values_are_of_the_states_that_predict_a_token() -> None:
+    lm = build("gpt2")
+    scorer = Scorer(lm, value_head=True)
+    assert scorer.value_head is not None
+    torch.nn.init.normal_(scorer.value_head.weight, generator=torch.Generator().manual_seed(2))
+    torch.nn.init.constant_(scorer.value_head.bias, 0.25)
+    truth = []
+    for prompt, completion in make_tokens():
+        states = lm(torch.tensor([[*prompt, *completion]]), output_hidden_states=True).hidden_states[-1][0]
+        truth.append(states[len(prompt) - 1 : -1] @ scorer.value_head.weight[0] + 0.25)
+    for options in ({}, {"length_groups": 2}, {"pad_to_multiple_of": 16}):
+        value = scorer(make_rows(**options)).value
+        torch.testing.assert_close(value, torch.cat(truth), atol=1e-10, rtol=0)
+    assert torch.cat(truth).std() > 0.3
+
+
+def test_a_loss_of_values_trains_head_and_backbone() -> None:
+    scorer, rows = Scorer(build("gpt2"), value_head=True), make_rows()
+    head = scorer.value_head
+    assert head is not None
+    optimizer = torch.optim.SGD(scorer.parameters(), lr=0.05)
+    losses = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = (scorer(rows).value - 1).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        assert head.weight.grad is not None
+        assert head.bias.grad is not None
+        assert head.weight.grad.abs().max() > 0
+        assert head.bias.grad.abs().max() > 0
+        into_the_model = max(p.grad.abs().max() for p in backbone(scorer.lm).parameters() if p.grad is not None)
+        assert (into_the_model > 0) == (step > 0), "a weight of 0 hands no gradient on, in the first step only"
+        optimizer.step()
+    assert losses[0] == 1 > losses[1] > losses[2]
+
+
+def test_the_value_head_is_not_exported(tmp_path: Path) -> None:
+    lm = build("llama")
+    before = set(lm.state_dict())
+    scorer = Scorer(lm, value_head=True)
+    assert set(scorer.state_dict()) == {f"lm.{x}" for x in before} | {"value_head.weight", "value_head.bias"}
+    scorer.lm.save_pretrained(tmp_path)
+    _, info = type(lm).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert set(lm.state_dict()) == before
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_both_models_with_a_value_head(grad: bool, entropy: bool) -> None:
+    policy, reference, rows = Scorer(build("gpt2"), value_head=True), Scorer(build("phi")), make_rows()
+    assert policy.value_head is not None
+    torch.nn.init.constant_(policy.value_head.bias, 0.5)
+    with torch.set_grad_enabled(grad):
+        ours, theirs = score_both(policy, reference, rows, entropy=entropy)
+    assert ours.value is not None
+    assert theirs.value is None
+    assert (ours.value == 0.5).all()
+    assert (ours.entropy is not None) == entropy
+    assert ours.logp.requires_grad == ours.value.requires_grad == grad
+    assert not theirs.logp.requires_grad
+    assert torch.equal(ours.logp, policy(rows).logp)
+    assert torch.equal(theirs.logp, reference(rows).logp)
+    assert Scorer(build("gpt2"))(rows).value is None
