@@ -134,6 +134,8 @@ class HalosCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if config.get("default_root_dir") is not None:
             raise UsageError("--trainer.default_root_dir: runs go to the folder of --runs")
+        if config.get("overfit_batches") and self.datamodule.sampler == "stratified":
+            raise UsageError("--trainer.overfit_batches takes rows as they lie, not stratified: limit_train_batches")
         own = config.get("callbacks") or []
         callbacks: list[Callback] = own if isinstance(own, list) else [own]
         plain = config.get("fast_dev_run") or config.get("barebones")

@@ -294,4 +294,5 @@ class AlignmentModule(L.LightningModule):
         if self.trainer.state.fn == "fit":
             resume.check(checkpoint, self._settings)
         own = self.state_dict()
-        checkpoint["state_dict"] |= {k: v for k, v in own.items() if k.startswith("reference.")}
+        stored = resume.fitting(checkpoint["state_dict"], own, self.objective)
+        checkpoint["state_dict"] = stored | {k: v for k, v in own.items() if k.startswith("reference.")}

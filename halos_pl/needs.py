@@ -38,7 +38,7 @@ def reference_source(objective: Objective, policy: ModelSource, reference: str) 
                 "--model.objective.reference_point true, or set --model.reference copy"
             )
         if objective.token_clamp is not None:
-            raise ValueError("humanline clamps log-ratios to a reference: leave it out, or --model.reference none")
+            raise ValueError("humanline clamps log-ratios to a reference: leave it or --model.reference none out")
         return None
     return policy if reference == "copy" else replace(policy, name=reference, config=None)
 

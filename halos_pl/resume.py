@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from halos_pl.models import ModelError
 
 KEY = "halos_pl"
+OF_OBJECTIVE = ("running_mean.", "policy.value_head.")
+"""Prefixes of state that some objectives have; another one that scores the policy leaves it aside."""
 
 
 def settings(objective: object, optimizer: Callable[..., Optimizer], schedule: str) -> dict[str, str]:
@@ -45,3 +47,20 @@ def check(checkpoint: Mapping[str, Any], settings: Mapping[str, str]) -> None:
             "the checkpoint was taken in the middle of an epoch: going on from there does not repeat the exact order",
             stacklevel=2,
         )
+
+
+def fitting(stored: Mapping[str, Any], own: Mapping[str, Any], objective: object) -> dict[str, Any]:
+    """A checkpoint's state without what only the objective that it was trained with has a use for.
+
+    Args:
+        stored: of the checkpoint.
+        own: of the module at hand.
+        objective: of the module.
+
+    Raises:
+        ModelError: this objective keeps something that the checkpoint lacks.
+    """
+    if missing := [key for key in own if key.startswith(OF_OBJECTIVE) and key not in stored]:
+        name = type(objective).__name__
+        raise ModelError(f"the checkpoint is of another objective: {name} needs its {', '.join(missing)}")
+    return {key: value for key, value in stored.items() if key in own or not key.startswith(OF_OBJECTIVE)}

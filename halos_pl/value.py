@@ -45,9 +45,9 @@ def kahneman_tversky(
         >>> kahneman_tversky(torch.tensor([-1.0, 0.0, 1.0, 16.0]), alpha=0.5).tolist()
         [-2.25, 0.0, 1.0, 4.0]
     """
-    if not 0 < alpha <= 1:
+    if not (isinstance(alpha, (int, float)) and 0 < alpha <= 1):
         raise ValueError(f"alpha must be in (0, 1], got {alpha!r}")
-    if not 0 < loss_aversion < math.inf:
+    if not (isinstance(loss_aversion, (int, float)) and 0 < loss_aversion < math.inf):
         raise ValueError(f"loss_aversion must be a finite number > 0, got {loss_aversion!r}")
     if not z.is_floating_point():
         raise ValueError(f"z must be floating point, got {z.dtype}")
@@ -93,7 +93,7 @@ def implied_value(name: ValueFunction, z: Tensor, *, beta: float) -> Tensor:
     """
     if name not in VALUE_FUNCTIONS:
         raise ValueError(f"name must be one of {', '.join(VALUE_FUNCTIONS)}, got {name!r}")
-    if not 0 < beta < math.inf:
+    if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
         raise ValueError(f"beta must be a finite number > 0, got {beta!r}")
     if not z.is_floating_point():
         raise ValueError(f"z must be floating point, got {z.dtype}")
@@ -107,4 +107,4 @@ def implied_value(name: ValueFunction, z: Tensor, *, beta: float) -> Tensor:
         return z.clamp(-math.log(2), math.log(2))
     if name == "kto":
         return torch.sigmoid(beta * z)
-    return kahneman_tversky(beta * z, alpha=0.88, loss_aversion=2.25)
+    return kahneman_tversky(beta * z)

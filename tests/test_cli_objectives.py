@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -64,3 +65,26 @@ def test_the_classes_weigh_what_an_epoch_shows(
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "fit", *argv, *QUIET, "--trainer.fast_dev_run", "true") == 0
     assert told in capsys.readouterr().out
+
+
+def test_a_checkpoint_serves_another_objective_where_it_holds_what_that_needs(
+    tiny_model: Path, thumbs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ["--model.policy", str(tiny_model), "--data.validation", str(thumbs_file), *QUIET]
+    one = ["--data.train", str(thumbs_file), "--trainer.max_steps", "1"]
+    critic = ["--model.objective", "PPOOffline", "--model.objective.critic", "true"]
+    assert run(monkeypatch, "fit", *critic, *one, "--name", "critic", *model) == 0
+    trained = ["--ckpt_path", "runs/critic/checkpoints/last.ckpt"]
+    assert run(monkeypatch, "validate", "--model.objective", "KTO", *trained, *model) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "validate", "--model.objective", "BCO", *trained, *model) == 2
+    error = capsys.readouterr().err
+    assert "of another objective: BCO needs its running_mean.total, running_mean.count" in error
+
+
+def test_rows_as_they_lie_are_not_stratified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "fit", "--config", "kto-v1.yaml", "--trainer.overfit_batches", "2", *QUIET) == 2
+    assert "--trainer.overfit_batches takes rows as they lie" in capsys.readouterr().err
+    assert not Path("runs").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,22 @@ from halos_pl.__main__ import main
 from halos_pl.module import AlignmentModule
 from halos_pl.objective_choice import BEGINNING, own_defaults
 
+OWN = """
+import enum, math
+from dataclasses import dataclass, field
+from halos_pl.losses import DPO
+
+class Kind(enum.Enum):
+    one = 1
+
+@dataclass(frozen=True)
+class Odd(DPO):
+    beta: float = 0.3
+    top: float = math.inf
+    kind: Kind = Kind.one
+    told: float = field(default=1.0, init=False)
+"""
+
 
 @pytest.fixture
 def resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
@@ -20,6 +37,8 @@ def resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.chdir(tmp_path)
     Path("simpo.yaml").write_text("model: {objective: {class_path: SimPO}}")
     Path("margin.yaml").write_text("model: {objective: {class_path: SimPO, init_args: {gamma: 0.25}}}")
+    Path("own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
     Path("word.yaml").write_text("model: {objective: SLiC}")
 
     def run(*argv: str) -> tuple[str, dict[str, Any]]:
@@ -52,6 +71,10 @@ def resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (("--config", "kto.yaml", "--model.objective", "APOZero"), "APOZero", {"reference_point": False, "beta": 0.1}),
         (("--config", "kto.yaml", "--model.objective", "KTO"), "KTO", {"beta": 0.5, "desirable_weight": 4.0}),
         (("--config", "kto.yaml", "--model.objective", "halos_pl.losses.kto.KTO"), "KTO", {"beta": 0.5}),
+        (("--config", "kto.yaml", "--model.objective.class_path=SLiC"), "SLiC", {"beta": 1.0}),
+        (("--config", "kto.yaml", "--model", "{objective: SLiC}"), "SLiC", {"beta": 1.0}),
+        (("--config", "kto.yaml", "--config", '{"model": {"objective": "SLiC"}}'), "SLiC", {"beta": 1.0}),
+        (("--model.objective", "own.Odd"), "Odd", {"beta": 0.3, "top": math.inf}),
         (("--model.objective.init_args.beta", "7", "--model.objective", "SimPO"), "SimPO", {"beta": 7}),
         (("--config", "kto.yaml", "--model.objective.beta", "0.2"), "KTO", {"beta": 0.2, "desirable_weight": 4.0}),
     ],
@@ -73,9 +96,17 @@ def test_what_is_chosen_at_the_beginning_is_the_module_s_default() -> None:
         ["fit", "--config", "nowhere.yaml"],
         ["fit", "--model.objective", "NoSuchThing"],
         ["fit", "--model.objective", "nowhere.Thing"],
+        ["fit", "--model.objective", "..KTO"],
+        ["fit", "--model.objective", "broken.Thing"],
+        ["fit", "--model.objective", "raises.Thing"],
         ["fit", "--config"],
         ["fit", "--data.train", "x"],
     ],
 )
-def test_what_the_parser_must_explain_reaches_it_unchanged(argv: list[str]) -> None:
+def test_what_the_parser_must_explain_reaches_it_unchanged(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in (("broken.py", "def ("), ("raises.py", "raise RuntimeError")):
+        (tmp_path / name).write_text(text)
     assert own_defaults(argv) == argv

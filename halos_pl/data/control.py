@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 
@@ -15,12 +16,15 @@ class Control:
     Args:
         texts: of desirable and of undesirable completions; None for no control at all.
         continuation: tokenizes what follows a prompt.
+        refused: ids that a text must not have (BOS, EOS).
 
     Raises:
-        ValueError: a text without tokens, or two with the same.
+        ValueError: a text without tokens or with a refused one, or two with the same.
     """
 
-    def __init__(self, texts: tuple[str, str] | None, continuation: Tokenizer) -> None:
+    def __init__(
+        self, texts: tuple[str, str] | None, continuation: Tokenizer, refused: Iterable[int | None] = ()
+    ) -> None:
         good, bad = ([*continuation.encode(x, add_special_tokens=False).ids] for x in texts or ("", ""))
         self.ids: dict[bool | None, list[int]] = {True: good, False: bad, None: []}
         self.size = max(len(good), len(bad))
@@ -28,6 +32,8 @@ class Control:
         for text, ids in zip(texts or (), (good, bad), strict=False):
             if not ids:
                 raise ValueError(f"control {text!r} is tokenized as nothing; expected text, or a token")
+            if found := sorted(set(ids) & set(refused)):
+                raise ValueError(f"control {text!r} holds the token that begins or ends a text, {found}; take another")
         if texts is not None and good == bad:
             raise ValueError(f"control {texts[0]!r} and {texts[1]!r} are tokenized alike, as {good}")
 

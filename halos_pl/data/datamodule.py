@@ -30,7 +30,7 @@ class AlignmentData(L.LightningDataModule):
     A source is a JSON, JSONL or Parquet file, a folder of them, or the name of a hub dataset; several may be listed.
     Rows are `prompt, completion, label`, `prompt, chosen, rejected` or `messages`, plain or conversational. The
     objective decides how they are read: KTO takes pairs as two labelled completions, SFT takes the desirable side. A
-    single completion may have a `score`, a number for objectives that learn from rewards; it stands in for the label.
+    single completion may have a `score`, a number that offline PPO can take for its reward, without a label too.
 
     Args:
         train: Source of the training rows.

@@ -26,7 +26,7 @@ OnBadRow = Literal["error", "skip"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SCHEMAS = "the keys prompt+completion[+label], [prompt+]chosen+rejected or messages[+label]"
 LISTED = 10  # bad rows in one error
-MAX_SCORE = 3.4028234e38  # of float32, in which losses read it
+MAX_SCORE = 1e6  # a larger reward only destroys weights
 MAX_CHARACTERS = 1_000_000  # a longer field earns a DataWarning
 _UNFIT = re.compile("[\0\ud800-\udfff]")  # no tokenizer takes these
 _LABELS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -264,7 +264,7 @@ class _Row:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_SCORE:
-            raise self.origin.error("score", f"got {_got(value)}", "a finite number (of 32 bits)")
+            raise self.origin.error("score", f"got {_got(value)}", f"a number within ±{MAX_SCORE:,.0f}")
         return float(value)
 
     def tools(self, prompt: Text) -> list[dict[str, Any]] | None:

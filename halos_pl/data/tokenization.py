@@ -118,7 +118,7 @@ class CompletionTokenizer:
             raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, the only kind that is exact here")
         self.tokenizer = tokenizer
         self._opening, self._continuation = opening_and_continuation(backend)
-        self._control = Control(control, self._continuation)
+        self._control = Control(control, self._continuation, (tokenizer.bos_token_id, tokenizer.eos_token_id))
         least = 1 + self._control.size
         if max_length < least + 1:
             also = f", and {self._control.size} of control" if control else ""

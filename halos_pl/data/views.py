@@ -55,6 +55,7 @@ def as_paired(records: Iterable[Record]) -> list[Paired]:
 
 
 def as_demonstrations(records: Iterable[Record]) -> list[Unpaired]:
-    """What to imitate: the chosen members of pairs and all completions but those labelled undesirable."""
+    """What to imitate: the chosen members of pairs and all completions but those labelled undesirable, or, without a
+    label, scored 0 or less."""
     members = (record.member(True) if isinstance(record, Paired) else record for record in records)
-    return [member for member in members if member.desirable is not False]
+    return [x for x in members if x.desirable or (x.desirable is None and (x.score is None or x.score > 0))]

@@ -39,6 +39,8 @@ def generalized_advantage(
     check_range("gamma", gamma, "[0, 1]")
     check_range("gae_lambda", gae_lambda, "[0, 1]")
     check_floating(value=value, reward=reward)
+    if value.ndim != 1:
+        raise ValueError(f"value must be [N], got {list(value.shape)}")
     value, reward, row = value.detach(), reward.detach(), rows_of(length, value.shape[0])
     following = torch.where(row[1:] == row[:-1], value[1:], 0.0)
     delta = reward + gamma * F.pad(following, (0, 1)) - value

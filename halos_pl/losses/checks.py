@@ -31,14 +31,15 @@ def _is_number(value: object) -> bool:
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """Raises ValueError unless every tensor is floating point, all have one shape, and none holds a NaN (on the CPU:
-    elsewhere the look would wait for the device, and the step refuses a loss that is not finite)."""
+    """Raises ValueError unless every tensor is floating point, all have one shape and dtype, and none holds a NaN (on
+    the CPU: elsewhere the look would wait for the device, and the step refuses a loss that is not finite)."""
     (first, leader), *_ = tensors.items()
     for name, x in tensors.items():
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
-        if x.shape != leader.shape:
-            raise ValueError(f"{name} must be {list(leader.shape)} like {first}, got {list(x.shape)}")
+        if x.shape != leader.shape or x.dtype != leader.dtype:
+            got = f"{list(x.shape)}" + (f" {x.dtype}" if x.dtype != leader.dtype else "")
+            raise ValueError(f"{name} must be {list(leader.shape)} like {first}, got {got}")
         if readable(x) and (bad := x.isnan()).any():
             raise NaNError(f"{name} must not be NaN, got {int(bad.sum())} NaN of {x.numel()} values")
 
@@ -46,7 +47,7 @@ def check_floating(**tensors: Tensor) -> None:
 def check_lengths(leader: Tensor, **lengths: Tensor) -> None:
     """Raises ValueError unless lengths are integer tensors of the leader's shape, at least 1 each."""
     for name, x in lengths.items():
-        if x.is_floating_point() or x.dtype == torch.bool or x.shape != leader.shape:
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool or x.shape != leader.shape:
             raise ValueError(f"{name} must be integers {list(leader.shape)}, got {x.dtype} {list(x.shape)}")
         if readable(x) and (x < 1).any():
             raise ValueError(f"{name} must be at least 1, got {int(x.min())}")
@@ -54,6 +55,8 @@ def check_lengths(leader: Tensor, **lengths: Tensor) -> None:
 
 def check_labels(desirable: Tensor, leader: Tensor) -> None:
     """Raises ValueError unless the labels are bool and of the leader's shape."""
+    if not isinstance(desirable, Tensor):
+        raise ValueError(f"desirable must be a tensor of bool {list(leader.shape)} like logratio, got {desirable!r}")
     if desirable.dtype != torch.bool or desirable.shape != leader.shape:
         expected = f"bool {list(leader.shape)} like logratio"
         raise ValueError(f"desirable must be {expected}, got {desirable.dtype} {list(desirable.shape)}")

@@ -77,6 +77,8 @@ def kto_loss(
             raise ValueError(f"z0 must be {expected}, got {z0.dtype} {list(z0.shape)}")
         check_floating(z0=z0)
         z0 = z0.to(logratio.dtype)
+    elif isinstance(z0, bool) or not isinstance(z0, (int, float)):
+        raise ValueError(f"z0 must be a number or a tensor, got {z0!r}")
     elif math.isnan(z0):
         raise NaNError("z0 must not be NaN, got nan")
     gain = beta * (logratio - z0)

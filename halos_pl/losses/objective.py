@@ -112,6 +112,7 @@ class LogRatioObjective(Objective):
         try:
             low, high = self.humanline
             fits = -math.inf < low < 0 < high < math.inf
+            object.__setattr__(self, "humanline", (low, high))  # of a list too
         except (TypeError, ValueError):
             fits = False
         if not fits:

@@ -16,7 +16,7 @@ from halos_pl.losses.objective import LogRatioObjective, Unit, labels
 
 RewardFrom = Literal["label", "score"]
 RATIO_LIMIT = 20.0
-"""Above this log-ratio, in nats, the probability ratio goes on as a straight line: no float overflows."""
+"""Above this log-ratio, in nats, the probability ratio goes on as a straight line, so that none overflows."""
 
 
 def ppo_offline_loss(token_logratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
@@ -50,7 +50,8 @@ def ppo_offline_loss(token_logratio: Tensor, advantage: Tensor, *, clip_low: flo
     _check_clip(clip_low, clip_high)
     check_floating(token_logratio=token_logratio, advantage=advantage)
     ratio = _ratio(token_logratio)
-    return -torch.minimum(ratio * advantage, ratio.clamp(clip_low, clip_high) * advantage)
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(clip_low, clip_high) * advantage)
+    return torch.where(advantage == 0, 0.0, -surrogate)  # also where the ratio is infinite
 
 
 @dataclass(frozen=True)

@@ -177,3 +177,9 @@ def test_an_exported_policy_can_be_trained_on() -> None:
     for desirable in (True, False):
         ids = [encoded(encoder, [ASK], [TELL], desirable).prompt.tolist() for encoder in (first, again)]
         assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("text", ["<s>", "so </s>"])
+def test_a_text_that_begins_or_ends_a_text_is_no_control(text: str) -> None:
+    with pytest.raises(ValueError, match="holds the token that begins or ends a text"):
+        characters(control=(text, "<|bad|>"))

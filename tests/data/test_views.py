@@ -66,3 +66,5 @@ def test_scores_stand_in_for_labels():
 def test_demonstrations_leave_out_what_is_undesirable():
     labelled = [Unpaired("q", str(label), label, HERE) for label in (True, False, None)]
     assert [x.completion for x in as_demonstrations([*pairs(1), *labelled])] == ["w0", "True", "None"]
+    scored = [Unpaired("q", str(score), None, HERE, score=score) for score in (0.5, 0.0, -1.0)]
+    assert [x.completion for x in as_demonstrations(scored)] == ["0.5"]

@@ -13,7 +13,7 @@ import torch
 
 from halos_pl.batch import CompletionLogps
 from halos_pl.losses import PPOOffline, ppo_offline_loss
-from halos_pl.losses.ppo import generalized_advantage
+from halos_pl.losses.advantage import generalized_advantage
 
 LOGRATIO = [-5.0, -1.0, -0.3, 0.0, 0.3, 0.8, 3.0]
 ROWS = [3, 1, 4, 1, 2]
