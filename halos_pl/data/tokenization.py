@@ -218,9 +218,9 @@ class CompletionTokenizer:
         whole = self._apply(prompt + completion, origin, tools, reply=False)
         if not whole.startswith(before):
             wrong = "the chat template rewrites earlier turns (or its generation prompt) once the completion follows"
-            raise origin.error(
-                "completion", wrong, "a template that renders prompt + completion as prompt, then completion"
-            )
+            expected = "a template that renders prompt + completion as prompt, then completion: --data.chat_template FILE"
+            of_csft = "(a policy of CSFT brings one that ends prompts in its control: give the one from before)"
+            raise origin.error("completion", wrong, f"{expected} {of_csft}")
         text, eos, rest = whole[len(before) :].rpartition(self.tokenizer.eos_token)
         return _Rendered(before, text + eos + ("" if eos and not rest.strip() else rest), [])
 
