@@ -218,7 +218,7 @@ class CompletionTokenizer:
         whole = self._apply(prompt + completion, origin, tools, reply=False)
         if not whole.startswith(before):
             wrong = "the chat template rewrites earlier turns (or its generation prompt) once the completion follows"
-            expected = "a template that renders prompt + completion as prompt, then completion: --data.chat_template FILE"
+            expected = "a template that renders prompt + completion as prompt, then completion: --data.chat_template"
             of_csft = "(a policy of CSFT brings one that ends prompts in its control: give the one from before)"
             raise origin.error("completion", wrong, f"{expected} {of_csft}")
         text, eos, rest = whole[len(before) :].rpartition(self.tokenizer.eos_token)
