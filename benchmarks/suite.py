@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from threading import Lock
 from typing import Any
 
@@ -139,7 +139,7 @@ def table(results: dict[str, Any], methods: Sequence[str]) -> str:
             " · ".join(f"{100 * x:.1f}" for x in shares),
             f"{100 * fmean(shares):.1f} % ({low:.0f}–{high:.0f})",
             *(f"{kl:.1f}", f"{text:.3f}", f"{distinct:.2f}"),
-            f"{fmean(row['seconds'] for row in rows):.0f}",
+            f"{median(row['seconds'] for row in rows):.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

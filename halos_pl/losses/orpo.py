@@ -51,10 +51,10 @@ def orpo_loss(
     check_floating(chosen_logp=chosen_logp, rejected_logp=rejected_logp)
     check_lengths(chosen_logp, chosen_length=chosen_length, rejected_length=rejected_length)
     chosen, rejected = chosen_logp / chosen_length, rejected_logp / rejected_length
-    return -chosen - lambda_coef * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+    return -chosen - lambda_coef * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
-def log_odds(logp: Tensor) -> Tensor:
+def _log_odds(logp: Tensor) -> Tensor:
     """log(p / (1 − p)) [any] from log p; p is held one rounding below 1, where the odds are infinite."""
     logp = logp.clamp_max(-torch.finfo(logp.dtype).eps)
     return logp - (-torch.expm1(logp)).log()
@@ -85,4 +85,4 @@ class ORPO(Objective):
 
     def rewards(self, scores: CompletionLogps) -> Tensor:
         """lambda_coef · log odds, chosen rows first."""
-        return self.lambda_coef * log_odds(scores.logp.detach() / scores.length)
+        return self.lambda_coef * _log_odds(scores.logp.detach() / scores.length)
