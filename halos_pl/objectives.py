@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from halos_pl import halo
 from halos_pl.losses import OBJECTIVES, Objective
@@ -30,14 +32,23 @@ def markdown() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Print what there is; returns 0."""
+    """Print what there is; returns 0, also where whoever reads it leaves early."""
+    try:
+        _print(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _print(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m halos_pl objectives", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="a table in Markdown")
     parser.add_argument("--halo", action="store_true", help="which are human-aware losses, in Markdown")
     options = parser.parse_args(argv)
     if options.markdown or options.halo:
         print(halo.table() if options.halo else markdown())
-        return 0
+        return
     for objective in OBJECTIVES:
         name, feedback, reference, passes, formula, source = cells(objective())
         print(f"{name:<11} {formula}    ({source})\n{'':<11} {feedback}; reference: {reference}; passes {passes}\n")
@@ -45,4 +56,3 @@ def main(argv: list[str]) -> int:
         "r: log-ratio to the reference; ℓ: log-probability; bars: means over tokens; w, l: chosen and rejected.\n"
         "Choose one with --model.objective NAME; its options: python -m halos_pl fit --model.objective.help NAME"
     )
-    return 0

@@ -31,13 +31,16 @@ def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:
     key = at[1] if at[1] in keys else next((x for x in keys if x.endswith(f".{at[1]}")), at[1])
     got = re.search(r"(?:Got|Given) value: (.*)", message)
     value = got[1].strip().strip("'\"") if got else ""
+    if key in choices and (own := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", message, re.DOTALL)):
+        return f"--{key}: {own[1]!r}: {' '.join(own[2].split())}; a class of your own is FILE.NAME, of this folder"
     if key in choices:
         value = ((wrong := re.search(r"Expected a dot import path string: (\S+)", message)) and wrong[1]) or value
         return f"--{key}: no class {value!r} there{_nearest(value, choices[key])}; it takes {_listed(choices[key])}"
     if allowed := re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[(.*?)\]", message))):
         return f"--{key}: got {value!r}{_nearest(value, allowed)}; it takes {_listed(dict.fromkeys(allowed))}"
     if kinds := re.findall(r"Expected an? <class '([^']+)'>", message):
-        return f"--{key}: got {value!r}, expected {' or '.join(dict.fromkeys(kinds))}".replace("NoneType", "null")
+        names = [{"NoneType": "null", "tuple": "a list such as '[-1.0, 1.5]'"}.get(x, x) for x in dict.fromkeys(kinds)]
+        return f"--{key}: got {value!r}, expected {' or '.join(names)}"
     return f"--{key}: " + " ".join(message[at.end() :].split()).lstrip(": ")
 
 

@@ -112,6 +112,19 @@ def test_config_file(yaml: str, message: str, command_line: cli.HalosCLI, tmp_pa
     assert explained(command_line, ["--config", str(tmp_path / "run.yaml")]) == message
 
 
+@pytest.mark.parametrize("name", ["nowhere.Thing", "halos_pl.losses.Thing"])
+def test_a_class_of_ones_own_that_is_not_there_is_named(name: str, command_line: cli.HalosCLI) -> None:
+    told = explained(command_line, ["--model.objective", name])
+    assert told.startswith(f"--model.objective: {name!r}: ")
+    assert ("No module named 'nowhere'" if "nowhere" in name else "Thing") in told
+    assert "a class of your own is FILE.NAME" in told
+
+
+def test_a_humanline_that_is_no_list(command_line: cli.HalosCLI) -> None:
+    told = explained(command_line, ["--model.objective", "DPO", "--model.objective.humanline", "true"])
+    assert "a list such as '[-1.0, 1.5]'" in told
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [

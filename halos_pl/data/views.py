@@ -28,7 +28,10 @@ def as_unpaired(
             unpaired += map(record.member, (True, False) if members == "both" else (coin,))
         elif record.desirable is None:
             expected = "true or false, which KTO-like objectives learn from, or an objective of demonstrations"
-            raise record.origin.error("label", "missing", f"{expected}: --model.objective SFT")
+            remedy = (
+                "--model.objective SFT" if record.score is None else "SFT, or of scores, PPOOffline with reward score"
+            )
+            raise record.origin.error("label", "missing", f"{expected}: {remedy}")
         else:
             unpaired.append(record)
     return unpaired
