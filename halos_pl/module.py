@@ -266,9 +266,8 @@ class AlignmentModule(L.LightningModule):
         return values
 
     def _diverged(self, what: str) -> ModelError:
-        step = self.global_step if self._trainer is not None else 0
         remedy = "lower --model.optimizer.lr, or raise --model.warmup; nothing is exported"
-        return ModelError(f"{what} at step {step}: {remedy}")
+        return ModelError(f"{what} at step {self.global_step}: {remedy}")
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")

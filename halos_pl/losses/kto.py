@@ -186,7 +186,6 @@ class APOZero(KTO):
 
     formula: ClassVar[str] = "λ(1 − σ(±β r))"
     source: ClassVar[str] = "D'Oosterlinck et al. 2024"
-
     reference_free: ClassVar[ReferenceFree] = "refused"
 
     reference_point: bool = False
