@@ -142,7 +142,7 @@ def train_ours(job: Job) -> dict[str, Any]:
         callbacks=[Record()],
     )
     trainer.fit(module, datamodule=data)
-    examples = [data.datasets["train"].rows[i][0] for i in job.order]
+    examples = [data.datasets["train"].example(i) for i in job.order]
     return recorder.result("ours", ((x.prompt.tolist(), x.completion.tolist(), bool(x.desirable)) for x in examples))
 
 

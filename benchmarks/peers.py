@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -35,14 +36,16 @@ FIGURES = {
 
 def write_rows(data: str, limit: int | None, target: Path) -> tuple[int, ...]:
     """One random member of each pair of split train as JSONL, and the order of the rows in our first epoch."""
-    from halos_pl.data.sampling import EpochSampler
+    from halos_pl.data.batches import EpochBatches
+    from halos_pl.data.records import Paired
     from halos_pl.data.sources import load_records
-    from halos_pl.data.views import as_unpaired
 
-    members = as_unpaired(load_records(data, "train").records[:limit], members="one", seed=SEED)
+    pairs = [x for x in load_records(data, "train").records[:limit] if isinstance(x, Paired)]
+    members = [x.member(random.Random(f"{SEED}:{x.origin.row}").random() < 0.5) for x in pairs]
     rows = [{"prompt": x.prompt, "completion": x.completion, "label": x.desirable} for x in members]
     target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return tuple(EpochSampler(len(rows), shuffle=True, seed=SEED))
+    epoch = EpochBatches(len(rows), batch_size=1, shuffle=True, seed=SEED)
+    return tuple(row for batch in epoch for row in batch)
 
 
 def run_child(peer: str, job_file: Path) -> dict[str, Any]:

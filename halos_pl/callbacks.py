@@ -163,7 +163,7 @@ class PredictionFile(BasePredictionWriter):
     ) -> None:
         data = getattr(trainer, "datamodule", None)
         assert isinstance(data, AlignmentData)
-        rows = iter(data.datasets["predict"].rows)
+        rows = (item.examples for item in data.datasets["predict"])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", encoding="utf-8") as file:
             for scores in predictions:

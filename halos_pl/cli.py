@@ -134,8 +134,8 @@ class HalosCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if config.get("default_root_dir") is not None:
             raise UsageError("--trainer.default_root_dir: runs go to the folder of --runs")
-        if config.get("overfit_batches") and self.datamodule.sampler == "stratified":
-            raise UsageError("--trainer.overfit_batches takes rows as they lie, not stratified: limit_train_batches")
+        if config.get("overfit_batches"):
+            raise UsageError("--trainer.overfit_batches: to train on the same few rows, --data.train.limit ROWS")
         own = config.get("callbacks") or []
         callbacks: list[Callback] = own if isinstance(own, list) else [own]
         plain = config.get("fast_dev_run") or config.get("barebones")
@@ -151,6 +151,7 @@ class HalosCLI(LightningCLI):
             if self.subcommand == "predict":
                 callbacks.append(PredictionFile(folder / "predictions.jsonl"))
             else:
+                self._keep_bad_rows(folder)
                 callbacks.append(RunReport(folder))
                 self.evaluation.folder = folder / "samples"
                 if config.get("enable_checkpointing") is not False:
@@ -172,10 +173,9 @@ class HalosCLI(LightningCLI):
 
     def _read_data(self) -> None:
         if self.subcommand in ("fit", "validate"):
-            options = self.config[self.subcommand]
-            keys = ["data.validation", "evaluation.prompts", "evaluation.text"]
-            keys += ["data.train"] if self.subcommand == "fit" else []
-            refuse_mixture({key: options[key] for key in keys})
+            options, stages = self.config[self.subcommand], ("validation", "train")[: 1 + (self.subcommand == "fit")]
+            read = {f"data.{stage}": [x.name for x in self.datamodule.sources[stage]] for stage in stages}
+            refuse_mixture(read | {key: options[key] for key in ("evaluation.prompts", "evaluation.text")})
         self.datamodule.needs = self.model.data_needs
         self.datamodule.setup(self.subcommand)
         for stage, dataset in self.datamodule.datasets.items():
@@ -201,6 +201,12 @@ class HalosCLI(LightningCLI):
         self.folder = claim(options.runs, options.name, default, goes_on=goes_on)
         return self.folder.path
 
+    def _keep_bad_rows(self, folder: Path) -> None:
+        """What `--data.on_bad_row skip` left out, in the run's folder."""
+        file = folder / "bad_rows.jsonl"
+        if left := rank_zero_only(self.datamodule.save_bad_rows)(file):
+            print(f"{left:,} bad rows are left out; they lie in {file}")
+
     def _release_folder(self) -> None:
         if self.folder is not None:
             self.folder.release()
@@ -217,7 +223,7 @@ class HalosCLI(LightningCLI):
             save_on_exception=True,
             enable_version_counter=False,
         )
-        if self.datamodule.sources["validation"][0] is None:
+        if not self.datamodule.sources["validation"]:
             return [last]
         return [last, ModelCheckpoint(where, "best-{step}", monitor="val/loss", save_on_train_epoch_end=False)]
 

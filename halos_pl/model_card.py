@@ -43,7 +43,10 @@ def model_card(
         f"- policy at the start: `{base or 'random weights'}`",
         f"- reference: `{reference}`",
         f"- objective: `{objective}`",
-        *(f"- {stage} data: `{data.sources[stage][0]}`: {dataset.report}" for stage, dataset in data.datasets.items()),
+        *(
+            f"- {stage} data: `{', '.join(x.name for x in data.sources[stage])}`: {dataset.report}"
+            for stage, dataset in data.datasets.items()
+        ),
         "",
     ]
     if after:

@@ -30,6 +30,12 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tokenized data of the tests; processes that they start find it too."""
+    os.environ["HALOS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def pytest_configure() -> None:
     """Tensors here are tiny: a second thread only waits for the first."""
     torch.set_num_threads(1)

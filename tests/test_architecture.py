@@ -19,9 +19,10 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.losses": {"halos_pl.batch", "halos_pl.value"},
     "halos_pl.halo": {"halos_pl.batch", "halos_pl.losses", "halos_pl.value"},
     "halos_pl.data": {
-        *("halos_pl.batch", "halos_pl.nano"),
-        *("datasets", "transformers", "tokenizers", "lightning", "numpy", "pyarrow", "jinja2"),
+        *("halos_pl.batch", "halos_pl.feedback_log", "halos_pl.nano"),
+        *("datasets", "filelock", "lightning", "numpy", "pyarrow", "rich", "tokenizers", "transformers"),
     },
+    "halos_pl.feedback_log": set(),
     "halos_pl.nano": set(),
     "halos_pl.nano.__main__": {
         *("halos_pl.data", "halos_pl.evaluate", "halos_pl.models", "halos_pl.nano"),
@@ -67,6 +68,11 @@ LAYERS: dict[str, set[str]] = {
         "numpy",
         "transformers",
     },
+    "halos_pl.inspect": {
+        *("halos_pl.batch", "halos_pl.config_files", "halos_pl.data", "halos_pl.losses", "halos_pl.models"),
+        *("halos_pl.needs", "halos_pl.objective_choice", "halos_pl.parser_errors", "halos_pl.quiet"),
+        *("jsonargparse", "numpy", "pyarrow", "rich", "transformers", "yaml"),
+    },
     "halos_pl.plots": {"halos_pl.value", "matplotlib"},
     "halos_pl.doctor": {"halos_pl", "halos_kernels", "packaging", "rich", "triton"},
     "halos_pl.__main__": {
@@ -74,6 +80,7 @@ LAYERS: dict[str, set[str]] = {
         "halos_pl.chat",
         "halos_pl.cli",
         "halos_pl.doctor",
+        "halos_pl.inspect",
         "halos_pl.objectives",
         "halos_pl.plots",
     },

@@ -86,5 +86,7 @@ def test_a_checkpoint_serves_another_objective_where_it_holds_what_that_needs(
 def test_rows_as_they_lie_are_not_stratified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "fit", "--config", "kto-v1.yaml", "--trainer.overfit_batches", "2", *QUIET) == 2
-    assert "--trainer.overfit_batches takes rows as they lie" in capsys.readouterr().err
+    assert (
+        "--trainer.overfit_batches: to train on the same few rows, --data.train.limit ROWS" in capsys.readouterr().err
+    )
     assert not Path("runs").exists()

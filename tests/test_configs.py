@@ -6,15 +6,33 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from halos_pl.cli import HalosCLI
-from halos_pl.config_files import shipped_configs
+from halos_pl.cli import HalosCLI, run
+from halos_pl.config_files import resolve_configs, shipped_configs
 
-CONFIGS = sorted(str(path.relative_to(shipped_configs())) for path in shipped_configs().rglob("*.yaml"))
+FILES = sorted(str(path.relative_to(shipped_configs())) for path in shipped_configs().rglob("*.yaml"))
+CONFIGS = [name for name in FILES if not name.startswith("data/")]  # a source of a hub dataset, for other configs
 
 
 def test_there_are_configs() -> None:
     assert {"kto.yaml", "dpo.yaml", "sft.yaml", "recipes/kto.yaml", "model/tiny-llama.yaml"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - set(CONFIGS)))
+def test_data_fragments_go_beside_a_recipe(
+    name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their keys are the parser's, and rows of theirs in a local copy are found missing before the hub is asked."""
+    reader, split = yaml.safe_load((shipped_configs() / name).read_text())["data"]["train"].values()
+    argv = ["fit", "--config", "recipes/sft.yaml", "--config", name, "--model.policy", str(tiny_model)]
+    assert run([*argv, "--data.train.path", "COPY.jsonl", "--runs", str(tmp_path)]) == 2
+    assert "data.train: 'COPY.jsonl': no such file or folder" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["halos_pl", *resolve_configs(argv), "--print_config"])
+    with pytest.raises(SystemExit):
+        HalosCLI()
+    source = yaml.safe_load(capsys.readouterr().out)["data"]["train"]
+    assert (source["reader"], source["split"], source["path"]) == (reader, split, None)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -140,7 +140,7 @@ def naive_trajectory(objective: Objective, model_folder: Path, file: Path) -> li
     epoch = 0
     while len(losses) < STEPS:
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        order = list(loader.sampler)
+        order = [row for batch in loader.sampler for row in batch]
         for start in range(0, len(order), BATCH):
             loss = naive_loss(objective, model, reference, [loader.dataset[i] for i in order[start : start + BATCH]])
             optimizer.zero_grad()

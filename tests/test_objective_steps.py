@@ -367,11 +367,10 @@ class Naive:
         return torch.stack([of_thumb(self.o, row, z0) for row in rows]).mean()
 
     def batches(self) -> Iterator[list[int]]:
-        epoch, size = 0, self.loader.batch_size or 1
+        epoch = 0
         while True:
             self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-            order = list(self.loader.sampler)
-            yield from (order[start : start + size] for start in range(0, len(order), size))
+            yield from self.loader.sampler
             epoch += 1
 
     def losses(self) -> list[float]:
@@ -667,7 +666,7 @@ def test_one_seed_is_one_order_for_all_objectives_of_a_view(view: str, bench: Be
         loader, orders, batches = data.train_dataloader(), [], []
         for epoch in range(2):
             loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-            orders.append(list(loader.sampler))
+            orders.append([row for batch in loader.sampler for row in batch])
             for batch in loader:
                 batches.append((batch.completions.targets.tolist(), batch.completions.cu_seqlens.tolist()))
                 if not isinstance(batch, PairedBatch):

@@ -19,7 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from halos_pl.data import DataError
 from halos_pl.data.records import Message, Origin, Text, parse_prompt
-from halos_pl.data.tokenization import CompletionTokenizer, Tokens
+from halos_pl.data.tokenization import CompletionTokenizer
+from halos_pl.data.truncation import Tokens
 from halos_pl.evaluate.sample import Sampling
 
 Write = Callable[[str], None]

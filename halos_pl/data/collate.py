@@ -11,8 +11,22 @@ import torch
 
 from halos_pl.batch import Batch, PairedBatch, Sequences, SFTBatch, UnpairedBatch, View
 from halos_pl.data.pairing import mismatch
-from halos_pl.data.records import DataError
-from halos_pl.data.tokenization import Example, Tokens
+from halos_pl.data.records import DataError, Origin
+from halos_pl.data.truncation import Tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """A tokenized completion after its prompt, cut to size. Equal keys mean equal raw prompts (with tools) or
+    completions, whatever was cut off."""
+
+    prompt: Tokens
+    completion: Tokens
+    desirable: bool | None
+    prompt_key: int
+    completion_key: int
+    origin: Origin
+    score: float | None = None
 
 
 class Item(NamedTuple):

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_info
+import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import DataNeeds
-from halos_pl.data.collate import Collator, Item
-from halos_pl.data.dataset import DatasetBuilder, FeedbackDataset
+from halos_pl.data.builder import DatasetBuilder
+from halos_pl.data.dataset import FeedbackDataset
+from halos_pl.data.encoder import make_encoder
+from halos_pl.data.loader import LoaderOptions, Stage, make_loader
 from halos_pl.data.options import check_ranges, refuse_unequal_halves, refuse_unused
-from halos_pl.data.records import DataError, DataWarning
-from halos_pl.data.sampling import EpochSampler
+from halos_pl.data.prepare import Preparation
+from halos_pl.data.records import DataError
+from halos_pl.data.sources import Source, as_sources, copy_rows
 from halos_pl.data.tokenization import CompletionTokenizer
-from halos_pl.data.tokenizers import load_tokenizer
 
-Stage = Literal["train", "validation", "test", "predict"]
+Sources: TypeAlias = Source | str | list[Source | str]
 
 
 class AlignmentData(L.LightningDataModule):
     """Feedback for alignment: thumbs up or down, preference pairs, or demonstrations.
 
-    A source is a JSON, JSONL or Parquet file, a folder of them, or the name of a hub dataset; several may be listed.
-    Rows are `prompt, completion, label`, `prompt, chosen, rejected` or `messages`, plain or conversational. The
-    objective decides how they are read: KTO takes pairs as two labelled completions, SFT takes the desirable side. A
-    single completion may have a `score`, a number that offline PPO can take for its reward, without a label too.
+    A source is a JSON, JSONL, CSV or Parquet file, a folder of them, the name of a hub dataset, or a reader's name (hh,
+    shp, oasst, ...); several may be mixed. Rows are `prompt, completion, label`, `prompt, chosen, rejected` or
+    `messages`, plain or conversational. The objective decides how they are read: KTO takes pairs as two labelled
+    completions, SFT takes the desirable side. A single completion may have a `score`, a number that offline PPO can
+    take for its reward, without a label too.
 
     Args:
-        train: Source of the training rows.
+        train: Source of the training rows: a name, or {path, reader, split, limit, weight, threshold, columns,
+            streaming}, or a list of these.
         validation: Source of the held-out rows.
+        validation_share: Without `validation`, hold out the rows of this share of the prompts of `train`: by a digest
+            of the prompt, so that no prompt is on both sides and the same ones are held out in every run.
         test: Source of the rows for `test` and `predict`.
         train_split: Take the rows whose `split` field has this value (a hub dataset: this split of it).
         validation_split: Likewise for the held-out rows.
@@ -52,6 +57,10 @@ class AlignmentData(L.LightningDataModule):
             rank or epoch. `batch`: the same micro-batch, as in the paper; depends on batch size and ranks, leaves out
             the last rows of an epoch that fill no batch, and applies to training rows only.
         unpair: For KTO from pairs: both members of each pair, or one at random (f(seed, row)).
+        pair_labels: For DPO from thumbs: prefer the i-th desirable completion of a prompt to its i-th undesirable one.
+        assistant_turns: For SFT from conversations: imitate the last reply, or all of them (each is a row).
+        special_tokens: `refuse` messages and plain completions that contain a special token of the tokenizer or a
+            marker of the chat template, or `allow` them.
         sampler: `shuffle`, or `stratified`: equal halves of desirable and undesirable rows in every micro-batch of an
             even size; the larger class shows other rows each epoch.
         keep_desirable: Share of the desirable training rows to keep, in (0, 1] (KTO paper, figure 6): at least one row,
@@ -61,7 +70,13 @@ class AlignmentData(L.LightningDataModule):
             are kept: the control experiment.
         on_bad_row: `error` stops with a list of the malformed rows; `skip` goes on without them and lists them.
         seed: Of order, y′, random members and the rows to keep.
+        group_by_length: Micro-batches of rows of like length, in random order: less padding.
+        group_by_prompt: Rows of one prompt come together, in one micro-batch where they fit.
+        max_tokens: Most tokens of a micro-batch, padding included, y′ not: long rows come in smaller micro-batches.
         num_workers: Worker processes of the loaders; rows and order do not depend on it.
+        prepare_workers: Processes that tokenize. Default: all cores for large data, else one.
+        cache: Folder of tokenized data, found again when nothing has changed. Default: $HALOS_CACHE, else halos_pl in
+            ~/.cache.
         pad_to_multiple_of: Padded row lengths are rounded up to it.
         length_groups: Rows of a micro-batch are padded, and run, in this many groups of like length. More groups mean
             less padding and more passes; the numbers do not depend on it.
@@ -69,12 +84,13 @@ class AlignmentData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
-        validation: str | list[str] | None = None,
-        test: str | list[str] | None = None,
+        train: Sources | None = None,
+        validation: Sources | None = None,
+        test: Sources | None = None,
         train_split: str | None = None,
         validation_split: str | None = None,
         test_split: str | None = None,
+        validation_share: float | None = None,
         tokenizer: str | None = None,
         chat_template: str | None = None,
         eos_token: str | None = None,
@@ -84,32 +100,45 @@ class AlignmentData(L.LightningDataModule):
         eval_batch_size: int | None = None,
         mismatch: Literal["dataset", "batch"] = "dataset",
         unpair: Literal["both", "one"] = "both",
+        pair_labels: bool = False,
+        assistant_turns: Literal["last", "all"] = "last",
+        special_tokens: Literal["refuse", "allow"] = "refuse",
         sampler: Literal["shuffle", "stratified"] = "shuffle",
         keep_desirable: float = 1.0,
         keep_undesirable: float = 1.0,
         shuffle_labels: bool = False,
         on_bad_row: Literal["error", "skip"] = "error",
         seed: int = 0,
+        group_by_length: bool = False,
+        group_by_prompt: bool = False,
+        max_tokens: int | None = None,
         num_workers: int = 0,
+        prepare_workers: int | None = None,
+        cache: str | None = None,
         pad_to_multiple_of: int = 1,
         length_groups: int = 2,
     ) -> None:
         super().__init__()
         check_ranges(locals())
-        self.sources: dict[Stage, tuple[str | list[str] | None, str | None]] = {
-            "train": (train, train_split),
-            "validation": (validation, validation_split),
-            "test": (test, test_split),
-            "predict": (test, test_split),
+        self.sources: dict[Stage, list[Source]] = {
+            "train": as_sources(train, train_split),
+            "validation": as_sources(validation, validation_split),
+            "test": as_sources(test, test_split),
         }
+        self.sources["predict"] = self.sources["test"]
+        if validation_share is not None:
+            self.sources["validation"] = self.sources["train"]
+        self.validation_share = validation_share
         self.tokenizer_name, self.chat_template, self.eos_token = tokenizer, chat_template, eos_token
-        self.max_length, self.max_prompt_length = max_length, max_prompt_length
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.mismatch, self.unpair, self.sampler = mismatch, unpair, sampler
+        self.max_length, self.max_prompt_length, self.special_tokens = max_length, max_prompt_length, special_tokens
+        self.batch_size, self.eval_batch_size, self.max_tokens = batch_size, eval_batch_size or batch_size, max_tokens
+        self.mismatch, self.unpair, self.pair_labels, self.sampler = mismatch, unpair, pair_labels, sampler
+        self.assistant_turns = assistant_turns
+        self.group_by_length, self.group_by_prompt = group_by_length, group_by_prompt
         self.keep_desirable, self.keep_undesirable = keep_desirable, keep_undesirable
         self.shuffle_labels, self.on_bad_row, self.seed = shuffle_labels, on_bad_row, seed
-        self.num_workers, self.length_groups = num_workers, length_groups
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.num_workers, self.prepare_workers, self.length_groups = num_workers, prepare_workers, length_groups
+        self.cache, self.pad_to_multiple_of = cache, pad_to_multiple_of
         self.datasets: dict[Stage, FeedbackDataset] = {}
         self.needs: DataNeeds | None = None
         self._prepared_for: DataNeeds | None = None
@@ -119,7 +148,7 @@ class AlignmentData(L.LightningDataModule):
         self._ask_module()
         assert self.needs is not None
         if self.encoder is None:
-            self.encoder = self._encoder(self.needs)
+            self.encoder = make_encoder(vars(self), self.needs)
         stage = str(getattr(stage, "value", stage))
         refuse_unused(vars(self), self.needs)
         refuse_unequal_halves(vars(self), self.needs, stage)
@@ -129,15 +158,31 @@ class AlignmentData(L.LightningDataModule):
             "test": ("test",),
             "predict": ("predict",),
         }
-        if self.sources[wanted[stage][0]][0] is None:
+        if not self.sources[wanted[stage][0]]:
             name = wanted[stage][0].replace("predict", "test")
             raise DataError(f"`{stage}` needs data: give `--data.{name} FILE` (or data.{name} in the config)")
         for part in wanted[stage]:
-            if self.sources[part][0] is not None and part not in self.datasets:
+            if self.sources[part] and part not in self.datasets:
                 try:
                     self.datasets[part] = self._build(part)
                 except DataError as error:
                     raise DataError(f"data.{part.replace('predict', 'test')}: {error}") from error
+        if stage == "fit" and "validation" in self.datasets and self.validation_share is None:
+            _note_shared_prompts(self.datasets["train"], self.datasets["validation"])
+
+    def save_bad_rows(self, path: Path) -> int:
+        """Copy the rows that were left out as bad to a file, bit for bit where they are lines of a file.
+
+        Returns:
+            How many; with none, no file is written.
+        """
+        wanted = {row for dataset in self.datasets.values() for row in dataset.bad}
+        if wanted:
+            places = {source.name: source for part in self.datasets for source in self.sources[part]}
+            with path.open("wb") as out:
+                for source in places.values():
+                    copy_rows(source, wanted, out)
+        return len(wanted)
 
     def _ask_module(self) -> None:
         """Take the needs of the module at hand; what another module needed is forgotten."""
@@ -152,9 +197,7 @@ class AlignmentData(L.LightningDataModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """As the data use it, template and end-of-sequence token included; there from `setup` on."""
-        if self.encoder is None:
-            raise RuntimeError("no tokenizer yet: call setup() first (a Trainer does)")
-        return self.encoder.tokenizer
+        return self.preparation.encoder.tokenizer
 
     @property
     def sampling_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -167,65 +210,35 @@ class AlignmentData(L.LightningDataModule):
             tokenizer.chat_template = self.encoder.sampling_template
         return tokenizer
 
-    def _encoder(self, needs: DataNeeds) -> CompletionTokenizer:
-        try:
-            tokenizer = load_tokenizer(self.tokenizer_name or needs.tokenizer, needs.trust_remote_code)
-        except ValueError as error:
-            raise DataError(f"{error}; name one with --model.tokenizer") from error
-        if len(tokenizer) > needs.vocab_size:
-            raise DataError(
-                f"the tokenizer {self.tokenizer_name or needs.tokenizer!r} has {len(tokenizer)} tokens, more than the "
-                f"{needs.vocab_size} rows of the model's head; take the tokenizer that belongs to the model"
-            )
-        self._compare_tokenizers(tokenizer, needs)
-        max_length, max_prompt_length = self.max_length, self.max_prompt_length
-        if needs.max_positions is not None and max_length > needs.max_positions:
-            rank_zero_info(f"max_length {max_length} is cut to the model's {needs.max_positions} positions")
-            max_length = needs.max_positions
-            if max_prompt_length is not None:
-                max_prompt_length = min(max_prompt_length, max_length // 2)
-        return CompletionTokenizer(
-            tokenizer,
-            chat_template=self.chat_template,
-            eos_token=self.eos_token,
-            max_length=max_length,
-            max_prompt_length=max_prompt_length,
-            control=needs.control,
+    @property
+    def preparation(self) -> Preparation:
+        """How sources are tokenized; there from `setup` on."""
+        if self.encoder is None:
+            raise RuntimeError("no tokenizer yet: call setup() first (a Trainer does)")
+        return Preparation(
+            self.encoder,
+            on_bad_row=self.on_bad_row,
+            turns=self.assistant_turns,
+            cache=None if self.cache is None else Path(self.cache).expanduser(),
+            workers=self.prepare_workers,
         )
-
-    def _compare_tokenizers(self, tokenizer: PreTrainedTokenizerBase, needs: DataNeeds) -> None:
-        """The reference must read token ids as the policy does; a model folder without a tokenizer cannot be asked."""
-        if needs.reference is None:
-            return
-        try:
-            other = load_tokenizer(needs.reference, needs.trust_remote_code)
-        except ValueError:
-            return
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise DataError(
-                f"the reference {needs.reference!r} has another vocabulary than the policy's tokenizer: log-ratios of "
-                "different tokens mean nothing"
-            )
 
     def _build(self, stage: Stage) -> FeedbackDataset:
         assert self.needs is not None
-        assert self.encoder is not None
-        source, split = self.sources[stage]
-        assert source is not None
+        training = stage == "train"
         builder = DatasetBuilder(
-            encoder=self.encoder,
+            self.preparation,
             needs=self.needs,
             pair_all=self.needs.mismatched and stage != "predict" and not self._pairs_in_batch(stage),
             unpair=self.unpair,
-            on_bad_row=self.on_bad_row,
+            pair_labels=self.pair_labels,
             seed=self.seed,
         )
-        training = stage == "train"
         return builder.build(
-            source,
-            split,
+            self.sources[stage],
             training=training,
             labelled=stage != "predict",
+            hold_out=self.validation_share if stage in ("train", "validation") else None,
             keep=(self.keep_desirable, self.keep_undesirable) if training else (1.0, 1.0),
             shuffle_labels=training and self.shuffle_labels,
         )
@@ -235,61 +248,43 @@ class AlignmentData(L.LightningDataModule):
         assert self.needs is not None
         return self.needs.mismatched and self.mismatch == "batch" and stage == "train"
 
-    def train_dataloader(self) -> DataLoader[Item]:
-        return self._loader("train", self.batch_size)
+    def train_dataloader(self) -> DataLoader[Any]:
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise DataError("trainer.overfit_batches: to train on the same few rows, give data.train a limit")
+        return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
-        return self._loader("validation", self.eval_batch_size) if "validation" in self.datasets else []
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        return self._loader("validation") if "validation" in self.datasets else []
 
-    def test_dataloader(self) -> DataLoader[Item]:
-        return self._loader("test", self.eval_batch_size)
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Item]:
-        return self._loader("predict", self.eval_batch_size)
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("predict")
 
-    def _loader(self, stage: Stage, batch_size: int) -> DataLoader[Item]:
+    def _loader(self, stage: Stage) -> DataLoader[Any]:
         assert self.needs is not None
-        assert self.encoder is not None
-        dataset, training = self.datasets[stage], stage == "train"
-        halves = self.sampler == "stratified" if training else self.needs.equal_halves and stage != "predict"
-        world = 1 if self.trainer is None else self.trainer.world_size
-        sampler = EpochSampler(
-            len(dataset),
-            shuffle=training,
-            seed=self.seed,
-            num_replicas=world,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
-            drop_last=training,
-            labels=dataset.labels if halves and not dataset.paired else None,
-        )
-        if not len(sampler):
-            raise DataError(
-                f"no row is left to train on: {len(dataset)} rows on {world} ranks, sampler {self.sampler} "
-                "(stratified needs both classes)"
-            )
-        if not training and (twice := sampler.total_size - (size := len(sampler.order()))):
-            warnings.warn(
-                f"{stage}: {twice} of {size} rows count twice, so that all ranks have as many",
-                DataWarning,
-                stacklevel=2,
-            )
-        collator = Collator(
-            view=self.needs.view,
-            pad_id=self.encoder.tokenizer.pad_token_id,
-            vocab_size=self.needs.vocab_size,
-            max_length=self.encoder.max_length,
+        options = LoaderOptions(
+            batch_size=self.batch_size if stage == "train" else self.eval_batch_size,
+            max_tokens=self.max_tokens,
+            stratified=self.sampler == "stratified" if stage == "train" else self.needs.equal_halves,
+            group_by_length=self.group_by_length,
+            group_by_prompt=self.group_by_prompt,
+            pair_in_batch=self._pairs_in_batch(stage),
             pad_to_multiple_of=self.pad_to_multiple_of,
             length_groups=self.length_groups,
-            pair_in_batch=self._pairs_in_batch(stage),
-            scores=self.needs.scores and stage != "predict",
-        )
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            drop_last=self._pairs_in_batch(stage),  # a last batch of one row would find no y′
-            collate_fn=collator,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            seed=self.seed,
         )
+        world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        return make_loader(
+            self.datasets[stage], self.preparation.encoder, self.needs, options, stage=stage, world=world, rank=rank
+        )
+
+
+def _note_shared_prompts(train: FeedbackDataset, validation: FeedbackDataset) -> None:
+    """Held-out rows whose prompts are trained on say little of prompts that are not."""
+    shared = int(np.isin(validation.prompt_digests, np.unique(train.prompt_digests)).sum())
+    if shared:
+        of = f"{shared:,} of {len(validation.members):,} completions"
+        validation.report += f"; {of} have a prompt that is trained on too"

@@ -8,8 +8,23 @@ from typing import Any
 from halos_pl.batch import DataNeeds
 from halos_pl.data.records import DataError
 
-LEAST = {"batch_size": 1, "eval_batch_size": 1, "pad_to_multiple_of": 1, "length_groups": 1, "num_workers": 0}
-CHOICES = {"mismatch": ("dataset", "batch"), "unpair": ("both", "one"), "sampler": ("shuffle", "stratified")}
+LEAST = {
+    "batch_size": 1,
+    "eval_batch_size": 1,
+    "pad_to_multiple_of": 1,
+    "length_groups": 1,
+    "num_workers": 0,
+    "prepare_workers": 1,
+    "max_tokens": 1,
+}
+CHOICES = {
+    "mismatch": ("dataset", "batch"),
+    "unpair": ("both", "one"),
+    "sampler": ("shuffle", "stratified"),
+    "assistant_turns": ("last", "all"),
+    "special_tokens": ("refuse", "allow"),
+    "on_bad_row": ("error", "skip"),
+}
 SHARES = ("keep_desirable", "keep_undesirable")
 
 
@@ -24,6 +39,18 @@ def check_ranges(given: Mapping[str, Any]) -> None:
     for name in SHARES:
         if not 0 < given[name] <= 1:
             raise ValueError(f"{name} must be in (0, 1], got {given[name]}")
+    share = given["validation_share"]
+    if share is not None:
+        if not 0 < share < 1:
+            raise ValueError(f"validation_share must be in (0, 1), got {share}")
+        if given["validation"] is not None or given["validation_split"] is not None:
+            raise ValueError("validation_share holds out rows of train; leave validation and validation_split out")
+    if given["sampler"] == "stratified" and given["group_by_prompt"]:
+        raise ValueError("sampler stratified makes couples of all prompts; it does not go with group_by_prompt")
+    if given["mismatch"] == "batch":
+        for name in ("group_by_prompt", "max_tokens"):
+            if given[name]:
+                raise ValueError(f"mismatch batch needs full micro-batches of several prompts, not {name}")
 
 
 def refuse_unused(given: Mapping[str, Any], needs: DataNeeds) -> None:
@@ -33,6 +60,8 @@ def refuse_unused(given: Mapping[str, Any], needs: DataNeeds) -> None:
         ("sampler stratified", given["sampler"] == "stratified" and not unpaired),
         ("unpair one", given["unpair"] == "one" and not unpaired),
         ("mismatch batch", given["mismatch"] == "batch" and not needs.mismatched),
+        ("pair_labels true", given["pair_labels"] and needs.view != "paired"),
+        ("assistant_turns all", given["assistant_turns"] == "all" and needs.view != "sft"),
         ("shuffle_labels true", given["shuffle_labels"] and needs.view == "sft"),
         *((f"{name} {given[name]}", given[name] != 1 and not unpaired) for name in SHARES),
     ):

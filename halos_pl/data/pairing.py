@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Index = NDArray[np.int64]
+MANY = 20_000  # rows
+PROBES = 64
 
 
-def mismatch(prompts: Sequence[bytes], completions: Sequence[bytes], *, seed: int) -> tuple[Index, int]:
+def mismatch(prompts: Sequence[Hashable], completions: Sequence[Hashable], *, seed: int) -> tuple[Index, int]:
     """Partner j(i) of every row i: another prompt *and* another completion, so that y′ = y_j(i) never equals y_i.
 
     A seeded derangement: rows are laid out prompt by prompt in random order and rotated by the size of the largest
@@ -48,8 +50,13 @@ def mismatch(prompts: Sequence[bytes], completions: Sequence[bytes], *, seed: in
         if not wrong(rows[i : i + 1])[0]:
             continue  # an earlier swap has mended it
         j = partner[i]
-        fits = (x[i] != x[partner]) & (y[i] != y[partner]) & (x != x[j]) & (y != y[j])
-        if (candidates := np.flatnonzero(fits)).size:
+        near = rng.integers(n, size=PROBES) if n > MANY else rows  # a few at random, before a look at a million
+
+        def fits(k: Index, i: int = i, j: int = j) -> Index:
+            p = partner[k]
+            return k[(x[i] != x[p]) & (y[i] != y[p]) & (x[k] != x[j]) & (y[k] != y[j])]
+
+        if (candidates := fits(near)).size or (n > MANY and (candidates := fits(rows)).size):
             k = rng.choice(candidates)
             partner[i], partner[k] = partner[k], j
         elif (candidates := np.flatnonzero((x != x[i]) & (y != y[i]))).size:
@@ -60,6 +67,6 @@ def mismatch(prompts: Sequence[bytes], completions: Sequence[bytes], *, seed: in
     return partner, shared
 
 
-def _codes(keys: Sequence[bytes]) -> Index:
-    codes: dict[bytes, int] = {}
+def _codes(keys: Sequence[Hashable]) -> Index:
+    codes: dict[Hashable, int] = {}
     return np.fromiter((codes.setdefault(k, len(codes)) for k in keys), np.int64, len(keys))

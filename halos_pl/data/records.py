@@ -1,13 +1,21 @@
 """Records: what one row of a user's data means, in the formats that TRL's users have.
 
-A row is recognised by its keys, first match first: `[prompt,] chosen, rejected` is a preference pair,
-`prompt, completion[, label][, score]` and `messages[, label][, score]` are single completions. Texts are plain (a
-string) or conversational (a list of messages), the same on both sides. A row that means nothing raises `DataError`.
+A row is recognised by its keys, first match first; other keys are ignored, and null fields are absent ones:
+
+| keys                                | meaning                                                                       |
+|-------------------------------------|-------------------------------------------------------------------------------|
+| [prompt,] chosen, rejected          | a preference pair; without a prompt, the beginning that both share is it      |
+| prompt, completion[, label, score]  | one completion                                                                |
+| messages[, label, score]            | one completion, the last turn (a prompt beside them repeats the first)        |
+| text[, label, score]                | one completion of the empty prompt; only where no other key of these is there |
+
+Texts are plain (a string) or conversational (a list of messages), the same on both sides; but a plain prompt may stand
+beside chosen and rejected conversations that both begin with it. A row that means nothing raises `DataError`.
+A reader may add `_demonstration` to a pair: "chosen", "rejected" or null, the reply to imitate (see `Paired`).
 """
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 import warnings
@@ -15,25 +23,44 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import takewhile
 from typing import Any, Literal
 
-Message = dict[str, Any]
-"""One turn: `role`, `content` and, of an assistant, `tool_calls`."""
-Text = str | list[Message]
+from halos_pl.data.labels import MAX_SCORE as MAX_SCORE
+from halos_pl.data.labels import misspelt, parse_label, parse_score
+from halos_pl.data.messages import MAX_CHARACTERS as MAX_CHARACTERS
+from halos_pl.data.messages import ROLES as ROLES
+from halos_pl.data.messages import Message as Message
+from halos_pl.data.messages import Text as Text
+from halos_pl.data.messages import Tools as Tools
+from halos_pl.data.messages import (
+    begins_with,
+    check_completion,
+    check_order,
+    check_prompt,
+    listed,
+    parse_text,
+    parse_tools,
+    shared_prompt,
+)
+
 OnBadRow = Literal["error", "skip"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SCHEMAS = "the keys prompt+completion[+label], [prompt+]chosen+rejected or messages[+label]"
+SCHEMAS = "the keys prompt+completion[+label], [prompt+]chosen+rejected, messages[+label] or text"
 LISTED = 10  # bad rows in one error
-MAX_SCORE = 1e6  # a larger reward only destroys weights
-MAX_CHARACTERS = 1_000_000  # a longer field earns a DataWarning
-_UNFIT = re.compile("[\0\ud800-\udfff]")  # no tokenizer takes these
-_LABELS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_PLACE = re.compile(r"(.+?):(\d+)(: .*)", re.DOTALL)  # file, row and the rest of a message
+_NULLABLE = ("label", "_demonstration")
 
 
 class DataError(ValueError):
-    """The user's data cannot be used; the message names file, row, key, what is wrong and what was expected."""
+    """The user's data cannot be used; the message names file, row, key, what is wrong and what was expected.
+
+    Attributes:
+        origin: the row that it is about, if it is about one.
+    """
+
+    def __init__(self, *args: object, origin: Origin | None = None) -> None:
+        super().__init__(*args)
+        self.origin = origin
 
 
 class DataWarning(UserWarning):
@@ -52,7 +79,19 @@ class Origin:
 
     def error(self, key: str, wrong: str, expected: str) -> DataError:
         """The one form of an error about a row: `FILE:ROW: KEY: what is wrong; expected ...`."""
-        return DataError(f"{self}: {key}: {wrong}; expected {expected}")
+        return DataError(f"{self}: {key}: {wrong}; expected {expected}", origin=self)
+
+    def got(self, key: str, value: object, expected: str, *, near: Iterable[str] = ()) -> DataError:
+        """The error about a value that is not what its key promises, and which of some names it may have meant."""
+        hint = nearest(value.lower(), near, cutoff=0.75) if isinstance(value, str) else ""
+        return self.error(key, f"got {_shown(value)}{hint}", expected)
+
+    def unknown(self, key: str, what: str, name: str, known: Iterable[str]) -> DataError:
+        wrong = f"unknown {what} {reprlib.repr(name)}{nearest(name.lower(), known := list(known))}"
+        return self.error(key, wrong, f"one of {', '.join(known)}")
+
+    def warn(self, key: str, what: str) -> None:
+        warnings.warn(f"{self}: {key}: {what}", DataWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -66,19 +105,20 @@ class Unpaired:
     completion: Text
     desirable: bool | None
     origin: Origin
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     score: float | None = None
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two completions of one prompt, the first preferred to the second."""
+    """Two completions of one prompt, the first preferred to the second, and which of them SFT imitates, if any."""
 
     prompt: Text
     chosen: Text
     rejected: Text
     origin: Origin
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
+    demonstration: Literal["chosen", "rejected"] | None = "chosen"
 
     def member(self, desirable: bool) -> Unpaired:
         completion = self.chosen if desirable else self.rejected
@@ -92,11 +132,13 @@ Record = Unpaired | Paired
 class BadRows:
     """Collects the errors of single rows, so that a user corrects ten at a time and not one.
 
-    The tenth, or else `finish`, raises one DataError that lists them, unless `on_bad_row` is "skip".
+    The tenth, or else `finish`, raises one DataError that lists them, unless `on_bad_row` is "skip". `origins` are the
+    rows of `messages`, one for one; None for an error that does not say.
     """
 
     on_bad_row: OnBadRow = "error"
     messages: list[str] = field(default_factory=list)
+    origins: list[Origin | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.on_bad_row not in ("error", "skip"):
@@ -108,35 +150,36 @@ class BadRows:
             yield
         except DataError as error:
             self.messages.append(str(error))
+            self.origins.append(error.origin)
             if len(self.messages) == LISTED:
                 self.finish(f"the first {LISTED} bad rows")
 
     def finish(self, what: str = "bad rows") -> None:
         if self.messages and self.on_bad_row == "error":
-            listed = "\n  ".join(self.messages)
-            raise DataError(f"{what}:\n  {listed}\ncorrect them, or go on without them: --data.on_bad_row skip")
+            kinds = "\n  ".join(_kinds(self.messages))
+            raise DataError(f"{what}:\n  {kinds}\ncorrect them, or go on without them: --data.on_bad_row skip")
+
+
+def _kinds(messages: list[str]) -> Iterator[str]:
+    """The first message of each kind, and the rows of those of one file that say the same."""
+    kinds: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for message in messages:
+        file, row, rest = match.groups() if (match := _PLACE.fullmatch(message)) else (message, "", "")
+        kinds.setdefault((file, rest), []).append((message, row))
+    for (message, _), *more in kinds.values():
+        rows = f": row{'s' * (len(more) > 1)} {', '.join(row for _, row in more)}" if more and more[0][1] else ""
+        yield message + (f" (and {len(more)} more like it{rows})" if more else "")
 
 
 def parse_record(row: object, origin: Origin) -> Record:
     """The meaning of one row; DataError where it fits no schema or a value is not what its key promises."""
-    if not isinstance(row, Mapping):
-        raise DataError(f"{origin}: the row is {_got(row)}; expected an object with {SCHEMAS}")
-    return _Row({key: value for key, value in row.items() if value is not None or key == "label"}, origin).record()
+    return _Row.of(row, origin, SCHEMAS).record()
 
 
-def parse_prompt(row: object, origin: Origin) -> tuple[Text, list[dict[str, Any]] | None]:
-    """Prompt and tools of a row, whatever completions it has beside it; DataError where no completion can follow."""
-    if not isinstance(row, Mapping):
-        raise DataError(f"{origin}: the row is {_got(row)}; expected an object with prompt or messages")
-    checked = _Row({key: value for key, value in row.items() if value is not None}, origin)
-    keys = checked.row
-    if "chosen" in keys and "prompt" not in keys:
-        return (pair := checked.paired()).prompt, pair.tools
-    key = "messages" if "messages" in keys and "prompt" not in keys else "prompt"
-    text: Text = checked.messages() if key == "messages" else checked.text(key)
-    if key == "messages" and text and text[-1]["role"] == "assistant":  # type: ignore[index]
-        text = text[:-1]
-    return (prompt := checked.prompt(text, key)), checked.tools(prompt)
+def parse_prompt(row: object, origin: Origin) -> tuple[Text, Tools | None]:
+    """Prompt and tools as `parse_record` finds them, whatever completions stand there; DataError without one."""
+    checked = _Row.of(row, origin, "prompt or messages")
+    return (prompt := checked.any_prompt()), checked.tools(prompt)
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
@@ -145,151 +188,113 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
+def _shown(value: object) -> str:
+    return f"{reprlib.repr(value)} ({type(value).__name__})".replace("\n", " ")
+
+
 @dataclass(frozen=True)
 class _Row:
     """A row under examination: every method returns checked values or raises."""
 
-    row: Mapping[str, Any]
+    row: dict[str, Any]
     origin: Origin
+
+    @classmethod
+    def of(cls, row: object, origin: Origin, expected: str) -> _Row:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{origin}: the row is {_shown(row)}; expected an object with {expected}", origin=origin)
+        return cls({key: value for key, value in row.items() if value is not None or key in _NULLABLE}, origin)
 
     def record(self) -> Record:
         if "chosen" in self.row or "rejected" in self.row:
-            return self.paired()
-        if "messages" in self.row and "completion" not in self.row:
-            messages = self.messages()
-            prompt = self.prompt(messages[:-1], "messages")
-            completion = self.completion(messages[-1:], "messages", prompt)
-        else:
-            prompt = self.prompt(self.text("prompt"), "prompt")
-            completion = self.completion(self.text("completion"), "completion", prompt)
-        return Unpaired(prompt, completion, self.label(), self.origin, self.tools(prompt), self.score())
+            prompt, chosen, rejected = self.sides()
+            check_prompt(prompt, "prompt", self.origin)
+            check_completion(chosen, "chosen", prompt, self.origin)
+            check_completion(rejected, "rejected", prompt, self.origin)
+            return Paired(prompt, chosen, rejected, self.origin, self.tools(prompt), self.demonstration())
+        prompt, completion = self.single()
+        score = parse_score(self.row.get("score"), self.origin)
+        return Unpaired(prompt, completion, self.label(), self.origin, self.tools(prompt), score)
 
-    def messages(self) -> list[Message]:
-        messages = self.text("messages")
-        if isinstance(messages, str):
-            raise self.origin.error("messages", f"got {_got(messages)}", "a list of messages")
-        return messages
+    def single(self) -> tuple[Text, Text]:
+        """Prompt and completion of a row that is no pair."""
+        row = self.row
+        if "completion" not in row:
+            if "messages" in row:
+                return self.conversation()
+            if "text" in row and "prompt" not in row:
+                check_completion(text := self.whole(), "text", "", self.origin)
+                return "", text
+            if isinstance(row.get("completions"), list) and isinstance(row.get("labels"), list):
+                wrong = "stepwise supervision, a label for every step, which nothing here learns from"
+                raise self.origin.error("completions", wrong, SCHEMAS)
+        check_prompt(prompt := self.text("prompt"), "prompt", self.origin)
+        check_completion(completion := self.text("completion"), "completion", prompt, self.origin)
+        return prompt, completion
 
-    def paired(self) -> Paired:
-        chosen, rejected = self.text("chosen"), self.text("rejected")
-        if "prompt" in self.row:
-            prompt = self.text("prompt")
-        else:
-            prompt, chosen, rejected = self.shared_prompt(chosen, rejected)
-        prompt = self.prompt(prompt, "prompt")
-        chosen = self.completion(chosen, "chosen", prompt)
-        rejected = self.completion(rejected, "rejected", prompt)
-        return Paired(prompt, chosen, rejected, self.origin, self.tools(prompt))
+    def any_prompt(self) -> Text:
+        """The prompt of any row, whatever completions it has."""
+        row, text, key = self.row, None, "prompt"
+        if "chosen" in row or "rejected" in row:
+            plain = isinstance(row.get("prompt"), str)  # perhaps the first turn of both sides
+            if "prompt" not in row or (plain and all(isinstance(row.get(x), list) for x in ("chosen", "rejected"))):
+                text = self.sides()[0]
+        elif "messages" in row and not ("prompt" in row and "completion" in row):
+            text, key = self.messages(), "messages"
+            text = text[:-1] if text and text[-1]["role"] == "assistant" else text
+        elif "text" in row and "prompt" not in row and "completion" not in row:
+            text = self.whole()[:0]
+        check_prompt(text := self.text("prompt") if text is None else text, key, self.origin)
+        return text
 
     def missing(self, key: str) -> DataError:
-        hint, keys = nearest(key, map(str, self.row)), ", ".join(map(str, self.row)) or "none"
-        return self.origin.error(key, f"missing{hint}, the row's keys are: {keys}", SCHEMAS)
+        hint = nearest(key, map(str, self.row))
+        return self.origin.error(key, f"missing{hint}, the row's keys are: {listed(self.row)}", SCHEMAS)
 
     def text(self, key: str) -> Text:
         if key not in self.row:
             raise self.missing(key)
-        value = self.row[key]
-        if not isinstance(value, str | list):
-            raise self.origin.error(key, f"got {_got(value)}", "a string or a list of messages")
-        self.characters(key, value)
-        return value if isinstance(value, str) else [self.message(f"{key}[{i}]", x) for i, x in enumerate(value)]
+        return parse_text(self.row[key], key, self.origin)
 
-    def characters(self, key: str, value: object) -> None:
-        size = 0
-        for text in _strings(value):
-            size += len(text)
-            if unfit := _UNFIT.search(text):
-                wrong = "a null byte" if unfit[0] == "\0" else "half a surrogate pair"
-                raise self.origin.error(key, f"{wrong} at character {unfit.start()}", "text")
-        if size > MAX_CHARACTERS:
-            warnings.warn(f"{self.origin}: {key}: {size:,} characters, most will be cut off", DataWarning, stacklevel=2)
+    def whole(self) -> str:
+        if isinstance(self.row["text"], str) and isinstance(text := self.text("text"), str):
+            return text
+        raise self.origin.got("text", self.row["text"], "a string (a conversation goes into `messages`)")
 
-    def message(self, key: str, value: object) -> Message:
-        if not isinstance(value, Mapping):
-            raise self.origin.error(key, f"got {_got(value)}", "a message {role, content}")
-        message = {k: x for k, x in value.items() if x is not None}  # Parquet fills absent keys with null
-        if message.get("tool_calls"):
-            message.setdefault("content", "")
-        for part in ("role", "content"):
-            if part not in message:
-                wrong = "null" if part in value else f"missing, the message's keys are: {', '.join(map(str, value))}"
-                raise self.origin.error(f"{key}.{part}", wrong, "a string (content may be null beside tool_calls)")
-            if not isinstance(message[part], str):
-                raise self.origin.error(f"{key}.{part}", f"got {_got(message[part])}", "a string")
-        if (role := message["role"]) not in ROLES:
-            wrong = f"unknown role {role!r}{nearest(role.lower(), ROLES)}"
-            raise self.origin.error(f"{key}.role", wrong, f"one of {', '.join(ROLES)}")
-        return message
+    def messages(self) -> list[Message]:
+        if isinstance(messages := self.text("messages"), list):
+            return messages
+        raise self.origin.got("messages", messages, "a list of messages")
 
-    def shared_prompt(self, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-        if isinstance(chosen, str) or isinstance(rejected, str):
-            raise self.origin.error("prompt", "missing beside plain chosen and rejected", "a string")
-        if chosen == rejected:
-            raise self.origin.error("chosen", "the same messages as rejected", "another reply")
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-        if not shared:
-            raise self.origin.error("prompt", "missing, and chosen and rejected begin differently", "a shared prompt")
-        return chosen[:shared], chosen[shared:], rejected[shared:]
+    def conversation(self) -> tuple[Text, Text]:
+        check_order(messages := self.messages(), "messages", self.origin)
+        if not messages or messages[-1]["role"] != "assistant":
+            wrong = f"ends with a turn of {messages[-1]['role']!r}" if messages else "no message"
+            raise self.origin.error("messages", wrong, "an assistant's turn at the end, which is the completion")
+        check_completion(completion := messages[-1:], "messages", prompt := messages[:-1], self.origin)
+        return prompt, completion
 
-    def prompt(self, text: Text, key: str) -> Text:
-        if isinstance(text, list) and (not text or text[-1]["role"] == "assistant"):
-            raise self.origin.error(key, "no turn to reply to", "messages of which a user's (or a tool's) comes last")
-        return text
-
-    def completion(self, text: Text, key: str, prompt: Text) -> Text:
-        if isinstance(text, str) != isinstance(prompt, str):
-            wrong = f"a {type(text).__name__} beside a {type(prompt).__name__} as the prompt"
-            raise self.origin.error(key, wrong, "both plain (str) or both conversational (list of messages)")
-        if isinstance(text, list) and (not text or text[0]["role"] != "assistant"):
-            wrong = f"begins with a turn of {text[0]['role']!r}" if text else "no message"
-            raise self.origin.error(key, wrong, "an assistant's turn")
-        replies = [{"role": "assistant", "content": text}] if isinstance(text, str) else text
-        if any(x["role"] == "assistant" and not x["content"].strip() and not x.get("tool_calls") for x in replies):
-            raise self.origin.error(key, "an empty completion", "some text")
-        return text
+    def sides(self) -> tuple[Text, Text, Text]:
+        """Prompt, chosen and rejected; where there is no prompt, or both sides repeat it, their shared beginning."""
+        chosen, rejected = self.text("chosen"), self.text("rejected")
+        if "prompt" in self.row:
+            prompt = self.text("prompt")
+            if not (begins_with(chosen, prompt) and begins_with(rejected, prompt)):
+                return prompt, chosen, rejected
+        return shared_prompt(chosen, rejected, self.origin)
 
     def label(self) -> bool | None:
-        if "label" not in self.row:
-            if nearest("label", map(str, self.row), cutoff=0.8):  # a misspelt label must not become a demonstration
-                raise self.missing("label")
-            return None
-        value = self.row["label"]
-        parsed = _LABELS.get(value.strip().lower()) if isinstance(value, str) else value
-        if not (isinstance(parsed, int | float) and parsed in (0, 1)):
-            raise self.origin.error("label", f"got {_got(value)}", "true or false (or 1/0, yes/no)")
-        return bool(parsed)
+        if "label" in self.row:
+            return parse_label(self.row["label"], self.origin)
+        if misspelt(tuple(map(str, self.row))):  # such a row must not become a demonstration
+            raise self.missing("label")
+        return None
 
-    def score(self) -> float | None:
-        value = self.row.get("score")
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_SCORE:
-            raise self.origin.error("score", f"got {_got(value)}", f"a number within ±{MAX_SCORE:,.0f}")
-        return float(value)
+    def demonstration(self) -> Any:
+        value = self.row.get("_demonstration", "chosen")
+        if value is not None and not (isinstance(value, str) and value in ("chosen", "rejected")):
+            raise self.origin.got("_demonstration", value, "'chosen', 'rejected' or null")
+        return value
 
-    def tools(self, prompt: Text) -> list[dict[str, Any]] | None:
-        value = self.row.get("tools")
-        try:
-            tools = json.loads(value) if isinstance(value, str) else value
-        except ValueError:
-            tools = value
-        if not tools:
-            return None
-        if not isinstance(tools, list) or not all(isinstance(x, dict) for x in tools):
-            raise self.origin.error("tools", f"got {_got(value)}", "a list of tool schemas, or that as JSON")
-        if isinstance(prompt, str):
-            raise self.origin.error("tools", "given beside a plain prompt", "a conversational prompt")
-        self.characters("tools", tools)
-        return tools
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(part)
-
-
-def _got(value: object) -> str:
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+    def tools(self, prompt: Text) -> Tools | None:
+        return parse_tools(self.row.get("tools"), prompt, self.origin)

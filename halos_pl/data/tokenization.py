@@ -10,24 +10,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.control import Control
-from halos_pl.data.records import BadRows, Message, OnBadRow, Origin, Text, Unpaired
+from halos_pl.data.records import DataError, Message, Origin, Paired, Record, Text, Unpaired
+from halos_pl.data.special import ControlTokens
 from halos_pl.data.templates import TEMPLATES, resolve_template
 from halos_pl.data.tokenizers import opening_and_continuation
+from halos_pl.data.truncation import Tokens, Truncation
 
-Tokens = NDArray[np.int32]
 Tools = list[Any]
 """JSON schemas of functions, which a chat template shows to the model."""
-CHUNK = 1024  # records tokenized at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,48 +38,17 @@ class Tokenized:
     truncated_completion: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """A tokenized record. Equal keys mean equal raw prompts (with tools) or completions, whatever was cut off."""
+class Encoded(NamedTuple):
+    """Token ids of a whole record, nothing cut: its prompt without control, and its one or two completions."""
 
-    prompt: Tokens
-    completion: Tokens
-    desirable: bool | None
-    prompt_key: bytes
-    completion_key: bytes
-    origin: Origin
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class TruncationReport:
-    """How many rows were longer than `max_length`, and where they were cut (a row may be cut at both places)."""
-
-    rows: int
-    truncated: int
-    prompts: int
-    completions: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.truncated} of {self.rows} rows were truncated "
-            f"({self.prompts} prompts cut on the left, {self.completions} completions cut at the end)"
-        )
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One entry a record, in their order: its example, or None where the record is bad."""
-
-    examples: list[Example | None]
-    bad: list[str]
-    truncation: TruncationReport
+    prompt: list[int]
+    completions: list[list[int]]
 
 
 class _Rendered(NamedTuple):
     prompt: str
-    completion: str
-    control: list[int]  # ids that end the prompt
+    completions: list[str]
+    opens: bool  # the completion opens the text: nothing is before it, no control either
 
 
 class CompletionTokenizer:
@@ -97,6 +64,9 @@ class CompletionTokenizer:
         max_prompt_length: default: half of `max_length`.
         control: texts that end the prompts of desirable and of undesirable completions, after the template's generation
             prompt. They count as prompt and are never cut off; a completion without a label has none.
+        special_tokens: `refuse` messages and plain completions that contain a control token (see `ControlTokens`; one
+            EOS may end a plain completion), or `allow` them: they are tokenized as what they stand for. A plain prompt
+            may have them: it may be a rendered template.
 
     Raises:
         ValueError: a slow tokenizer; no EOS, or one that is not a single token; bad lengths; an unknown template;
@@ -112,28 +82,32 @@ class CompletionTokenizer:
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         control: tuple[str, str] | None = None,
+        special_tokens: Literal["refuse", "allow"] = "refuse",
     ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, the only kind that is exact here")
         self.tokenizer = tokenizer
         self._opening, self._continuation = opening_and_continuation(backend)
-        self._control = Control(control, self._continuation, (tokenizer.bos_token_id, tokenizer.eos_token_id))
-        least = 1 + self._control.size
+        self.control = Control(control, self._continuation, (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        least = 1 + self.control.size
         if max_length < least + 1:
-            also = f", and {self._control.size} of control" if control else ""
+            also = f", and {self.control.size} of control" if control else ""
             expected = f"at least {least + 1}: a token of prompt and of completion{also}"
             raise ValueError(f"max_length is {max_length}; expected {expected}")
         if max_prompt_length is not None and not least <= max_prompt_length < max_length:
             raise ValueError(f"max_prompt_length is {max_prompt_length}; expected {least} to max_length - 1")
         self.max_length = max_length
-        self.max_prompt_length = max_prompt_length or max(max_length // 2, least)
         template = resolve_template(chat_template, tokenizer)
-        self.chat_template = template and self._control.without(template)  # an exported policy's has the control
+        self.chat_template = template and self.control.without(template)  # an exported policy's has the control
         if chat_template is not None or self.chat_template != template:
             tokenizer.chat_template = self.chat_template
         self.eos_token_id = self._set_eos(eos_token)
         self._prefix = self._special_prefix()
+        lead = self._prefix or [x for x in (tokenizer.bos_token_id,) if x is not None]
+        self.truncation = Truncation(max_length, max_prompt_length or max(max_length // 2, least), lead)
+        self.special_tokens = special_tokens
+        self._refused = ControlTokens(tokenizer, control or ())
 
     @property
     def sampling_template(self) -> str | None:
@@ -142,55 +116,61 @@ class CompletionTokenizer:
         It goes with the exported policy, so that whatever samples from it asks for them. None where there is no
         template or no control.
         """
-        if self.chat_template is None or not self._control.size:
+        if self.chat_template is None or not self.control.size:
             return None
-        return self._control.ends(self.chat_template)
+        return self.control.ends(self.chat_template)
+
+    @property
+    def identity(self) -> str:
+        """All that the ids of `encode_records` depend on, as a text; lengths are not part of it."""
+        ids = [self.eos_token_id, self.tokenizer.bos_token_id, self.control.ids[True], self.control.ids[False]]
+        names = self.tokenizer.special_tokens_map
+        return json.dumps([self._opening.to_str(), ids, names, self.chat_template, self.special_tokens], default=str)
 
     def encode(self, prompt: Text, completion: Text, *, origin: Origin, tools: Tools | None = None) -> Tokenized:
-        """Token ids of one row, without control: it has no label.
+        """Token ids of one row, cut to `max_length`, without control: it has no label.
 
         Raises:
             DataError: naming the row, where there is no chat template for it, the template fails or rewrites the prompt
-                once the completion is there, or no token is left to score.
+                once the completion is there, a text has a control token in it, or no token is left to score.
         """
-        rendered = self._render(prompt, completion, origin, tools)
-        return self._fit(*next(self._ids([rendered])), origin)
+        (whole,) = self.encode_records([Unpaired(prompt, completion, None, origin, tools)])
+        if isinstance(whole, DataError):
+            raise whole
+        before, after = np.array(whole.prompt, np.int32), np.array(whole.completions[0], np.int32)
+        kept, fitting = map(int, self.truncation.sizes(len(before), len(after)))
+        return Tokenized(
+            self.truncation.prompt(before, kept), after[:fitting], kept < len(before), fitting < len(after)
+        )
 
     def encode_prompt(self, prompt: Text, *, origin: Origin, tools: Tools | None = None) -> Tokens:
         """Token ids that a (desirable) completion follows: those that training has before it, cut on the left to what
         `max_length` leaves beside one token.
 
         Raises:
-            DataError: naming the row, where there is no chat template for it, or the template fails.
+            DataError: naming the row, where there is no chat template for it, the template fails, or a message has a
+                control token in it.
         """
+        self._check("prompt", prompt, origin)
         text = prompt if isinstance(prompt, str) else self._apply(prompt, origin, tools, reply=True)
-        ids = self._opened(self._opening.encode(text, add_special_tokens=False).ids)
-        control = self._control.ids[True]
-        return np.array(self._cut(ids, self.max_length - 1 - len(control)) + control, np.int32)
+        ids = np.array(self._opened(self._opening.encode(text, add_special_tokens=False).ids), np.int32)
+        control = np.array(self.control.ids[True], np.int32)
+        return np.concatenate([self.truncation.prompt(ids, self.max_length - 1 - len(control)), control])
 
-    def examples(self, records: Sequence[Unpaired], *, on_bad_row: OnBadRow = "error") -> Encoded:
-        """Examples of all records, tokenized in chunks by all cores.
-
-        Raises:
-            DataError: listing the first ten records that `encode` refuses, unless `on_bad_row` is "skip".
-        """
-        bad = BadRows(on_bad_row)
-        examples: list[Example | None] = [None] * len(records)
-        cuts: list[tuple[bool, bool]] = []
-        for start in range(0, len(records), CHUNK):
-            texts: dict[int, _Rendered] = {}
-            for i, record in enumerate(records[start : start + CHUNK], start):
-                with bad.caught():
-                    text = self._render(record.prompt, record.completion, record.origin, record.tools)
-                    texts[i] = text._replace(control=self._control.ids[record.desirable])
-            for i, ids in zip(texts, self._ids(list(texts.values())), strict=True):
-                with bad.caught():
-                    tokens = self._fit(*ids, records[i].origin)
-                    cuts.append((tokens.truncated_prompt, tokens.truncated_completion))
-                    examples[i] = _example(records[i], tokens)
-        bad.finish()
-        prompts, completions = (sum(cut[side] for cut in cuts) for side in (0, 1))
-        return Encoded(examples, bad.messages, TruncationReport(len(cuts), sum(map(any, cuts)), prompts, completions))
+    def encode_records(self, records: Sequence[Record]) -> list[Encoded | DataError]:
+        """Ids of all records, by all cores, nothing cut: BOS and EOS in their places, no control. A DataError stands
+        for a record that `encode` refuses."""
+        rendered: list[_Rendered | DataError] = []
+        for record in records:
+            try:
+                rendered.append(self._render(record))
+            except DataError as error:
+                rendered.append(error)
+        ids = self._ids([x for x in rendered if not isinstance(x, DataError)])
+        return [
+            x if isinstance(x, DataError) else self._checked(next(ids), record)
+            for x, record in zip(rendered, records, strict=True)
+        ]
 
     def _set_eos(self, eos_token: str | None) -> int:
         tokenizer = self.tokenizer
@@ -209,20 +189,48 @@ class CompletionTokenizer:
         probe = self._opening.encode("a")
         return [id for id, _ in takewhile(lambda x: x[1], zip(probe.ids, probe.special_tokens_mask, strict=True))]
 
-    def _render(self, prompt: Text, completion: Text, origin: Origin, tools: Tools | None) -> _Rendered:
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return _Rendered(prompt, completion, [])
-        if isinstance(prompt, str) or isinstance(completion, str):
-            raise origin.error("completion", "of another kind than the prompt", "both plain or both conversational")
-        before = self._apply(prompt, origin, tools, reply=True)
-        whole = self._apply(prompt + completion, origin, tools, reply=False)
+    def _render(self, record: Record) -> _Rendered:
+        if isinstance(record, Paired):
+            members, labelled = {"chosen": record.chosen, "rejected": record.rejected}, True
+        else:
+            members, labelled = {"completion": record.completion}, record.desirable is not None
+        self._check("prompt", record.prompt, record.origin)
+        for key, text in members.items():
+            self._check(key, text, record.origin)
+        prompt = record.prompt
+        if isinstance(prompt, str):
+            plain = [x for x in members.values() if isinstance(x, str)]
+            if len(plain) < len(members):
+                raise record.origin.error("completion", "of another kind than the prompt", "both plain or both chats")
+            return _Rendered(prompt, plain, not prompt and not (labelled and self.control.size))
+        before = self._apply(prompt, record.origin, record.tools, reply=True)
+        return _Rendered(before, [self._reply(before, prompt, x, record) for x in members.values()], False)
+
+    def _check(self, key: str, text: Text, origin: Origin) -> None:
+        """Nobody's words may be read as the template's."""
+        if self.special_tokens == "allow" or (isinstance(text, str) and key == "prompt"):
+            return
+        if isinstance(text, str):
+            parts = [(key, text.rstrip().removesuffix(self.tokenizer.eos_token))]
+        else:
+            parts = [(f"{key}[{i}].content", message["content"]) for i, message in enumerate(text)]
+        for where, part in parts:
+            if found := self._refused.find(part):
+                wrong = f"the control token {found[0]!r} at character {found.start()}"
+                raise origin.error(where, wrong, "text without it, or --data.special_tokens allow")
+
+    def _reply(self, before: str, prompt: list[Message], completion: Text, record: Record) -> str:
+        origin = record.origin
+        if isinstance(completion, str):
+            raise origin.error("completion", "of another kind than the prompt", "both plain or both chats")
+        whole = self._apply(prompt + completion, origin, record.tools, reply=False)
         if not whole.startswith(before):
             wrong = "the chat template rewrites earlier turns (or its generation prompt) once the completion follows"
             expected = "a template that renders prompt + completion as prompt, then completion: --data.chat_template"
             of_csft = "(a policy of CSFT brings one that ends prompts in its control: give the one from before)"
             raise origin.error("completion", wrong, f"{expected} {of_csft}")
         text, eos, rest = whole[len(before) :].rpartition(self.tokenizer.eos_token)
-        return _Rendered(before, text + eos + ("" if eos and not rest.strip() else rest), [])
+        return text + eos + ("" if eos and not rest.strip() else rest)
 
     def _apply(self, messages: list[Message], origin: Origin, tools: Tools | None, *, reply: bool) -> str:
         if self.chat_template is None:
@@ -235,15 +243,23 @@ class CompletionTokenizer:
             raise origin.error("prompt", f"the chat template fails ({error})", "messages that it can render") from error
         return str(text)
 
-    def _ids(self, texts: Sequence[_Rendered]) -> Iterator[tuple[list[int], list[int], list[int]]]:
-        """Prompt, control and completion ids: BOS and EOS in their places, nothing cut."""
+    def _ids(self, texts: Sequence[_Rendered]) -> Iterator[Encoded]:
+        """BOS and EOS in their places, nothing cut."""
         prompts = self._opening.encode_batch_fast([x.prompt for x in texts], add_special_tokens=False)
-        completions = self._continuation.encode_batch_fast([x.completion for x in texts], add_special_tokens=False)
-        for text, before, after in zip(texts, prompts, completions, strict=True):
-            if not text.prompt and not text.control:  # the completion itself opens the text
-                after = self._opening.encode(text.completion, add_special_tokens=False)
-            ended = after.ids[-1:] == [self.eos_token_id]
-            yield self._opened(before.ids), text.control, after.ids if ended else [*after.ids, self.eos_token_id]
+        flat = [y for x in texts for y in x.completions]
+        completions = iter(self._continuation.encode_batch_fast(flat, add_special_tokens=False))
+        for text, before in zip(texts, prompts, strict=True):
+            replies = []
+            for reply in text.completions:
+                after = next(completions)
+                ids = self._opening.encode(reply, add_special_tokens=False).ids if text.opens else after.ids
+                replies.append(ids if ids[-1:] == [self.eos_token_id] else [*ids, self.eos_token_id])
+            yield Encoded(self._opened(before.ids), replies)
+
+    def _checked(self, encoded: Encoded, record: Record) -> Encoded | DataError:
+        if [self.eos_token_id] in encoded.completions:
+            return record.origin.error("completion", "no token left to score", "text that the tokenizer does not drop")
+        return encoded
 
     def _opened(self, prompt: list[int]) -> list[int]:
         if prompt[: len(self._prefix)] != self._prefix:  # a template may have written BOS
@@ -252,36 +268,3 @@ class CompletionTokenizer:
             bos = self.tokenizer.bos_token_id
             prompt = [self.eos_token_id if bos is None else bos]
         return prompt
-
-    def _cut(self, prompt: list[int], size: int) -> list[int]:
-        """The end of a prompt, its BOS before it."""
-        if size >= len(prompt):
-            return prompt
-        lead = self._prefix or [self.tokenizer.bos_token_id]
-        lead = lead[:size] if prompt[: len(lead)] == lead else []
-        return lead + prompt[len(prompt) - size + len(lead) :]
-
-    def _fit(self, prompt: list[int], control: list[int], completion: list[int], origin: Origin) -> Tokenized:
-        """The truncation rule (see `max_length`)."""
-        if completion == [self.eos_token_id]:
-            raise origin.error("completion", "no token left to score", "text that the tokenizer does not drop")
-        size, whole = len(prompt) + len(control), len(completion)
-        if size + whole > self.max_length and size > self.max_prompt_length:
-            size = min(size, max(self.max_prompt_length, self.max_length - whole))
-        kept, fitting = self._cut(prompt, size - len(control)), completion[: self.max_length - size]
-        return Tokenized(
-            np.array(kept + control, np.int32),
-            np.array(fitting, np.int32),
-            len(kept) < len(prompt),
-            len(fitting) < whole,
-        )
-
-
-def _example(record: Unpaired, tokens: Tokenized) -> Example:
-    prompt_key, completion_key = _key([record.prompt, record.tools]), _key(record.completion)
-    keys = prompt_key, completion_key
-    return Example(tokens.prompt, tokens.completion, record.desirable, *keys, record.origin, record.score)
-
-
-def _key(value: object) -> bytes:
-    return blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()

@@ -19,7 +19,8 @@ from rich.text import Text
 from halos_pl.batch import Sequences
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.data.collate import sequences
-from halos_pl.data.tokenization import CompletionTokenizer, Tokens
+from halos_pl.data.tokenization import CompletionTokenizer
+from halos_pl.data.truncation import Tokens
 from halos_pl.evaluate.interval import clopper_pearson
 from halos_pl.evaluate.prompts import Prompt, load_prompts, load_text
 from halos_pl.evaluate.sample import Sampling, sample
@@ -101,7 +102,7 @@ class Evaluation(L.Callback):
         """
         if not self.active or data.encoder is None or data.encoder is self._read_with:
             return
-        if data.sources["validation"][0] is None:
+        if not data.sources["validation"]:
             raise DataError("evaluation runs at every validation, which needs held-out rows: --data.validation FILE")
         encoder = self._read_with = data.encoder
         if self.source is not None:
@@ -118,7 +119,7 @@ class Evaluation(L.Callback):
                 )
         if self.text_source is not None:
             with _named("text"):
-                self.text = load_text(self.text_source, encoder, limit=self.limit, on_bad_row=data.on_bad_row)
+                self.text = load_text(self.text_source, data.preparation, limit=self.limit)
 
     # ------------------------------------------------------------------------------------------ hooks
 

@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from halos_pl.data.dataset import FeedbackDataset
+from halos_pl.data.prepare import Preparation
 from halos_pl.data.records import BadRows, DataError, OnBadRow, Origin, Text, parse_prompt
-from halos_pl.data.sources import load_records, read_rows
-from halos_pl.data.tokenization import CompletionTokenizer, Tokens
+from halos_pl.data.sources import as_sources, read_rows
+from halos_pl.data.store import Corpus
+from halos_pl.data.tokenization import CompletionTokenizer
+from halos_pl.data.truncation import Tokens
 from halos_pl.data.views import as_demonstrations
 
 
@@ -65,16 +71,15 @@ def load_prompts(
     return found
 
 
-def load_text(
-    source: str, encoder: CompletionTokenizer, *, limit: int | None = None, on_bad_row: OnBadRow = "error"
-) -> list[tuple[Tokens, Tokens]]:
+def load_text(source: str, prepare: Preparation, *, limit: int | None = None) -> list[tuple[Tokens, Tokens]]:
     """(prompt, completion) tokens of the demonstrations of a source, as SFT reads them.
 
     Raises:
         DataError: no such source, malformed rows, or nothing to imitate.
     """
-    records = as_demonstrations(load_records(source, on_bad_row=on_bad_row).records)[:limit]
-    if not records:
+    corpus = Corpus([path for one in as_sources(source, None) for path in prepare(one).blocks])
+    good = as_demonstrations(corpus, np.arange(len(corpus)))
+    if not len(good):
         raise DataError(f"{source}: all completions are labelled undesirable: no text to score")
-    examples = encoder.examples(records, on_bad_row=on_bad_row).examples
-    return [(x.prompt, x.completion) for x in examples if x is not None]  # None: skipped as a bad row
+    dataset = FeedbackDataset(corpus, good.take(np.arange(len(good))[:limit]), prepare.encoder)
+    return [(example.prompt, example.completion) for (example,), _ in dataset]

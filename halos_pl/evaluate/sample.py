@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from halos_pl.data.tokenization import Tokens
+from halos_pl.data.truncation import Tokens
 from halos_pl.models import ModelError
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from halos_pl.batch import PairedBatch, SFTBatch, UnpairedBatch
-from halos_pl.data.collate import Collator, Item, sequences
+from halos_pl.data.collate import Collator, Example, Item, sequences
 from halos_pl.data.records import DataError, Origin
-from halos_pl.data.tokenization import Example, Tokens
+from halos_pl.data.truncation import Tokens
 
 
 def tokens(*ids: int) -> Tokens:
@@ -20,7 +20,9 @@ def tokens(*ids: int) -> Tokens:
 
 
 def example(prompt: Tokens, completion: Tokens, desirable: bool | None = True, row: int = 1) -> Example:
-    return Example(prompt, completion, desirable, prompt.tobytes(), completion.tobytes(), Origin("f.jsonl", row))
+    return Example(
+        prompt, completion, desirable, hash(prompt.tobytes()), hash(completion.tobytes()), Origin("f.jsonl", row)
+    )
 
 
 LENGTHS = [(3, 2), (1, 4), (7, 1), (2, 9), (1, 1), (4, 4), (5, 3)]

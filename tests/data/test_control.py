@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from halos_pl.data.collate import Example
+from halos_pl.data.dataset import FeedbackDataset
 from halos_pl.data.records import Origin, Unpaired
-from halos_pl.data.tokenization import CompletionTokenizer, Example
+from halos_pl.data.store import Corpus, write_block
+from halos_pl.data.tokenization import CompletionTokenizer, Encoded
 from halos_pl.data.tokenizers import load_tokenizer
+from halos_pl.data.views import Members
 
 NANO = Path(__file__).parents[2] / "halos_pl/assets/nano"
 CONTROL = ("<|good|>", "<|bad|>")
@@ -38,9 +44,14 @@ def nano(**options: Any) -> CompletionTokenizer:
 
 
 def encoded(encoder: CompletionTokenizer, prompt: Any, completion: Any, desirable: bool | None) -> Example:
-    example = encoder.examples([Unpaired(prompt, completion, desirable, HERE)]).examples[0]
-    assert example is not None
-    return example
+    record = Unpaired(prompt, completion, desirable, HERE)
+    (ids,) = encoder.encode_records([record])
+    assert isinstance(ids, Encoded), ids
+    with tempfile.TemporaryDirectory() as folder:
+        write_block(path := Path(folder, "block"), [(record, ids)], [])
+        corpus = Corpus([path])
+        everything = Members(np.arange(1), np.zeros(1, np.int8), corpus.label, corpus.score)
+        return FeedbackDataset(corpus, everything, encoder).example(0)
 
 
 def parts(encoder: CompletionTokenizer, prompt: str, completion: str, desirable: bool | None) -> tuple[str, str]:

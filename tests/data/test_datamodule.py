@@ -166,7 +166,7 @@ def test_held_out_pairs_stay_pairs_for_kto(tiny_model: Path, pairs_file: Path) -
 def partners(dataset: FeedbackDataset) -> list[tuple[bytes, bytes]]:
     assert dataset.partners is not None
     return [
-        (x.prompt_key, dataset.members[j].prompt_key) for x, j in zip(dataset.members, dataset.partners, strict=True)
+        (x.prompt_key, dataset.example(j).prompt_key) for x, j in zip(dataset.examples(), dataset.partners, strict=True)
     ]
 
 
@@ -176,8 +176,8 @@ def test_mismatched_completions_come_from_other_prompts(seed: int, tiny_model: P
     dataset = setup(tiny_model, train=str(pairs_file), seed=seed).datasets["train"]
     assert all(own != other for own, other in partners(dataset))
     assert dataset.partners is not None
-    for example, j in zip(dataset.members, dataset.partners, strict=True):
-        assert example.completion_key != dataset.members[j].completion_key
+    for example, j in zip(dataset.examples(), dataset.partners, strict=True):
+        assert example.completion_key != dataset.example(j).completion_key
 
 
 def test_dataset_pairing_depends_on_nothing_but_rows_and_seed(tiny_model: Path, thumbs_file: Path) -> None:
@@ -217,10 +217,10 @@ def test_shuffled_labels_keep_their_number(tiny_model: Path, thumbs_file: Path, 
 
     keys = [
         [
-            x.completion_key
+            x.completion.tolist()
             for x in setup(tiny_model, view="paired", mismatched=False, train=str(pairs_file), shuffle_labels=flag)
             .datasets["train"]
-            .members
+            .examples()
         ]
         for flag in (False, True)
     ]
@@ -239,7 +239,7 @@ OTHER = {"prompt": "c", "completion": " d", "label": False}
     [
         ('{"prompt": "a", ', r"f\.jsonl:2.*JSON"),
         ({"prompt": "a", "label": True}, r"f\.jsonl:2: completion: missing"),
-        ({"prompt": "a", "completion": " b", "label": "good"}, r"f\.jsonl:2: label: got 'good'.*true or false"),
+        ({"prompt": "a", "completion": " b", "label": "so-so"}, r"f\.jsonl:2: label: got 'so-so'.*true"),
         ({"prompt": "a", "completion": "", "label": True}, r"f\.jsonl:2: completion: an empty completion"),
         ({"prompt": "a\0", "completion": " b", "label": True}, r"f\.jsonl:2: prompt: a null byte at character 1"),
         (
@@ -276,7 +276,8 @@ def test_ten_bad_rows_are_told_at_once(tiny_model: Path, tmp_path: Path) -> None
     file = write(tmp_path / "f.jsonl", [GOOD | {"label": "x"}] * 12)
     with pytest.raises(DataError) as error:
         setup(tiny_model, train=file)
-    assert str(error.value).count("f.jsonl:") >= 10
+    assert "f.jsonl:1: label: got 'x'" in str(error.value)
+    assert "9 more like it: rows 2, 3, 4, 5, 6, 7, 8, 9, 10)" in str(error.value)
     assert "--data.on_bad_row skip" in str(error.value)
 
 
@@ -304,7 +305,7 @@ def test_a_huge_row_is_cut_with_a_warning(tiny_model: Path, tmp_path: Path) -> N
     with pytest.warns(DataWarning, match=r"f\.jsonl:2: completion: 2,100,000 characters"):
         data = setup(tiny_model, train=file)
     assert "1 of 2 rows were truncated" in data.datasets["train"].report
-    assert max(len(x.prompt) + len(x.completion) for x in data.datasets["train"].members) == 128
+    assert max(len(x.prompt) + len(x.completion) for x in data.datasets["train"].examples()) == 128
 
 
 def test_maximum_length_below_the_prompt(tiny_model: Path, tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def test_maximum_length_below_the_prompt(tiny_model: Path, tmp_path: Path) -> No
     assert "1 of 2 rows were truncated (1 prompts cut on the left, 1 completions cut at the end)" in (
         data.datasets["train"].report
     )
-    cut = data.datasets["train"].members[0]
+    cut = data.datasets["train"].example(0)
     assert data.encoder is not None
     assert len(cut.prompt) + len(cut.completion) == 20
     assert data.encoder.tokenizer.decode(cut.completion) == " wxyz wxyz"

@@ -47,7 +47,7 @@ def texts(data: AlignmentData, batch: Batch) -> list[str]:
 
 
 def rows(data: AlignmentData, stage: Any = "train") -> list[str]:
-    return [str(row[0].origin).split(":")[-1] for row in data.datasets[stage].rows]
+    return [str(item.examples[0].origin).split(":")[-1] for item in data.datasets[stage]]
 
 
 def unpaired(batches: Any) -> Iterator[UnpairedBatch]:
@@ -62,9 +62,9 @@ def unpaired(batches: Any) -> Iterator[UnpairedBatch]:
 def test_control_reaches_the_batches(tiny_model: Path, thumbs_file: Path) -> None:
     data = setup(tiny_model, needs={"control": CONTROL}, train=str(thumbs_file))
     assert data.encoder is not None
-    for example in data.datasets["train"].members:
+    for example in data.datasets["train"].examples():
         assert data.encoder.tokenizer.decode(example.prompt).endswith(":+" if example.desirable else ":-")
-    asked = data.encoder.encode_prompt("a", origin=data.datasets["train"].members[0].origin)
+    asked = data.encoder.encode_prompt("a", origin=data.datasets["train"].example(0).origin)
     assert data.encoder.tokenizer.decode(asked) == "a+"
 
 
@@ -77,7 +77,7 @@ def test_control_splits_held_out_pairs(stage: str, part: str, unpair: str, tiny_
     (dataset,) = data.datasets.values()
     assert len(dataset) == 192
     assert dataset.labels.sum() == 96
-    assert all(len(row) == 1 for row in dataset.rows)
+    assert not dataset.paired
 
 
 # ------------------------------------------------------------------------------------------------- scores
@@ -104,7 +104,7 @@ def test_rows_without_scores_are_listed(tiny_model: Path, tmp_path: Path, pairs_
         setup(tiny_model, needs={"scores": True}, train=file)
     some[6]["score"] = 2
     file = write(tmp_path / "f.jsonl", some)
-    with pytest.raises(DataError, match=r"f\.jsonl:3: score: missing; .*\n.*f\.jsonl:5: score: missing"):
+    with pytest.raises(DataError, match=r"f\.jsonl:3: score: missing; .*1 more like it: row 5"):
         setup(tiny_model, needs={"scores": True}, train=file)
     assert len(setup(tiny_model, needs={"scores": True}, train=file, on_bad_row="skip").datasets["train"]) == 10
     for part in ("train", "validation"):
@@ -123,7 +123,7 @@ def test_prediction_needs_no_scores(tiny_model: Path, tmp_path: Path, pairs_file
 def test_shuffled_labels_take_their_scores_along(tiny_model: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "f.jsonl", thumbs(20, 30))
     data = setup(tiny_model, needs={"scores": True}, train=file, shuffle_labels=True)
-    members = data.datasets["train"].members
+    members = list(data.datasets["train"].examples())
     scores = [x.score for x in members]
     assert sorted(scores) == [i - 19.5 for i in range(50)]  # type: ignore[type-var]
     assert scores != sorted(scores)  # type: ignore[type-var]
@@ -160,7 +160,6 @@ def test_validation_alone_needs_no_sampler(tiny_model: Path, thumbs_file: Path) 
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.filterwarnings("ignore:.*rows count twice")
 def test_held_out_rows_come_in_equal_halves(world: int, tiny_model: Path, tmp_path: Path) -> None:
     train, held_out = (write(tmp_path / f"{up}.jsonl", thumbs(up, down)) for up, down in ((8, 9), (7, 20)))
     data = setup(tiny_model, **HALVES, train=train, validation=held_out, eval_batch_size=4)
@@ -176,14 +175,14 @@ def test_held_out_rows_come_in_equal_halves(world: int, tiny_model: Path, tmp_pa
         assert all(sum(labels) == len(labels) / 2 for _, labels in first)
         seen += [text for batch, _ in first for text in batch]
     assert len(set(seen)) == 14
-    assert len(seen) == 2 * world * -(-7 // world)
+    assert len(seen) == 14, "seven couples on any number of ranks, none twice"
 
 
 def test_rows_that_count_twice_are_told(tiny_model: Path, tmp_path: Path) -> None:
-    file = write(tmp_path / "v.jsonl", thumbs(7, 20))
+    file = write(tmp_path / "v.jsonl", thumbs(2, 20))
     data = setup(tiny_model, "validate", **HALVES, validation=file)
     data.trainer = SimpleNamespace(world_size=3, global_rank=0)  # type: ignore[assignment]
-    with pytest.warns(DataWarning, match="4 of 14 rows count twice"):
+    with pytest.warns(DataWarning, match="2 rows count twice"):
         data.val_dataloader()
 
 

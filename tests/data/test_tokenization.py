@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from halos_pl.data.records import DataError, Origin, Unpaired
-from halos_pl.data.tokenization import CompletionTokenizer, TruncationReport
+from halos_pl.data.records import DataError, Origin, Paired, Unpaired
+from halos_pl.data.tokenization import CompletionTokenizer
 from halos_pl.data.tokenizers import load_tokenizer
 
 HERE = Origin("rows.jsonl", 7)
@@ -268,43 +268,25 @@ def test_a_long_prompt_alone_leaves_room_for_one_token():
         encoder.encode_prompt([ASK], origin=HERE)
 
 
-def test_examples_are_the_records_in_order_with_gaps_for_bad_rows():
-    encoder = characters(max_length=12, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    encoded = encoder.examples(records(), on_bad_row="skip")
-    assert [x and x.origin.row for x in encoded.examples] == [0, 1, 2, None, 4, 5, 6]
-    assert [x and x.desirable for x in encoded.examples] == [True, False, None, None, True, True, True]
-    assert len(encoded.bad) == 1
-    assert encoded.bad[0].startswith("f:3: completion: no token left to score")
-    for record, example in zip(records(), encoded.examples, strict=True):
-        if example:
+def test_records_are_encoded_in_order_with_an_error_for_a_bad_one():
+    encoder = characters(max_length=9999, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    encoded = encoder.encode_records(records())
+    assert [isinstance(x, DataError) for x in encoded] == [False] * 3 + [True] + [False] * 3
+    assert str(encoded[3]).startswith("f:3: completion: no token left to score")
+    for record, ids in zip(records(), encoded, strict=True):
+        if not isinstance(ids, DataError):
             alone = encoder.encode(record.prompt, record.completion, origin=HERE, tools=record.tools)
-            assert example.prompt.tolist() == alone.prompt.tolist()
-            assert example.completion.tolist() == alone.completion.tolist()
-    assert encoded.truncation == TruncationReport(rows=6, truncated=4, prompts=3, completions=3)
-    assert (
-        str(encoded.truncation)
-        == "4 of 6 rows were truncated (3 prompts cut on the left, 3 completions cut at the end)"
-    )
-    with pytest.raises(DataError, match=r"bad rows:\n  f:3: completion: no token left"):
-        encoder.examples(records())
+            assert ids.prompt == alone.prompt.tolist()
+            assert ids.completions == [alone.completion.tolist()]
 
 
-def test_keys_tell_raw_prompts_and_completions_apart():
-    encoder = characters(max_length=4, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    a, long, _, _, d, chat, tooled = encoder.examples(records(), on_bad_row="skip").examples
-    longer = encoder.examples([Unpaired("a", "c" * 21, True, HERE)]).examples[0]
-    assert a.prompt_key == long.prompt_key != d.prompt_key
-    assert chat.prompt_key != tooled.prompt_key
-    assert chat.completion_key == tooled.completion_key
-    assert long.completion.tolist() == longer.completion.tolist()  # cut to the same tokens, yet
-    assert long.completion_key != longer.completion_key
-    assert {len(x) for x in (a.prompt_key, a.completion_key)} == {16}
-
-
-def test_large_data_are_encoded_in_chunks(monkeypatch):
-    monkeypatch.setattr("halos_pl.data.tokenization.CHUNK", 2)
-    encoded = characters(chat_template="plain").examples(records()[:3] + records()[4:6])
-    assert [x.origin.row for x in encoded.examples] == [0, 1, 2, 4, 5]
+def test_both_members_of_a_pair_are_encoded_like_single_ones():
+    encoder = characters(chat_template="chatml", special_tokens="allow")
+    for prompt, chosen, rejected in (("a", "b", "cd"), ([ASK], [TELL], [TELL | {"content": "x"}]), ("", "b", "c")):
+        (ids,) = encoder.encode_records([Paired(prompt, chosen, rejected, HERE)])
+        single = [encoder.encode(prompt, x, origin=HERE) for x in (chosen, rejected)]
+        assert ids.prompt == single[0].prompt.tolist() == single[1].prompt.tolist()
+        assert ids.completions == [x.completion.tolist() for x in single]
 
 
 def test_gpt2_and_sentencepiece_of_real_models(shared_data):
@@ -330,5 +312,5 @@ def test_real_texts_come_back(shared_data):
     )
     rows = [json.loads(x) for x in (shared_data / "sft/oasst_single_turn.jsonl").read_text("utf-8").splitlines()]
     made = [Unpaired(x["messages"][:-1], x["messages"][-1:], None, Origin("f", i)) for i, x in enumerate(rows)]
-    for record, example in zip(made, encoder.examples(made).examples, strict=True):
-        assert text(encoder, example.completion) == record.completion[0]["content"] + "<|endoftext|>"
+    for record, ids in zip(made, encoder.encode_records(made), strict=True):
+        assert text(encoder, ids.completions[0]) == record.completion[0]["content"] + "<|endoftext|>"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from halos_pl.data.prepare import Preparation
 from halos_pl.data.records import DataError
 from halos_pl.data.tokenization import CompletionTokenizer
 from halos_pl.data.tokenizers import load_tokenizer
@@ -60,12 +61,12 @@ def test_bad_rows_beyond_the_limit_are_not_read(encoder: CompletionTokenizer, tm
 def test_no_prompts_and_no_text(encoder: CompletionTokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b", "label": False}])
     with pytest.raises(DataError, match="all completions are labelled undesirable: no text to score"):
-        load_text(source, encoder)
+        load_text(source, Preparation(encoder))
     with pytest.raises(DataError, match="no prompts"):
         load_prompts(write(tmp_path / "bad.jsonl", [{"completion": "b"}]), encoder, on_bad_row="skip")
 
 
 def test_text_is_the_desirable_side(encoder: CompletionTokenizer, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": x, "label": x != "no"} for x in ("one", "no", "two", "three")]
-    found = load_text(write(tmp_path / "rows.jsonl", rows), encoder, limit=2)
+    found = load_text(write(tmp_path / "rows.jsonl", rows), Preparation(encoder), limit=2)
     assert [encoder.tokenizer.decode(y) for _, y in found] == ["one</s>", "two</s>"]

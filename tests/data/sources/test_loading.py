@@ -1,4 +1,7 @@
+"""Records of whole sources: files, folders, lists, splits, bad rows."""
+
 import json
+import os
 import warnings
 
 import pyarrow as pa
@@ -6,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from halos_pl.data.records import DataError, DataWarning, Paired, Unpaired
-from halos_pl.data.sources import load_records, read_rows
+from halos_pl.data.sources import Source, load_records, read_rows
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "label": i % 2 == 0} for i in range(4)]
 
@@ -56,6 +59,11 @@ def test_jsonl_takes_bom_crlf_and_blank_lines_and_counts_lines(tmp_path):
         (b'{"prompt": "a\0b", "completion": "c"}', "column 14: Invalid control character"),
         (b'{"prompt": "\xff", "completion": "c"}', "byte 13: not UTF-8"),
         (b"[" * 100_000, "expected one JSON object a line"),
+        (b'{"prompt": "a", "completion": "b", "label": true, "label": false}', "the key 'label' stands twice"),
+        (b'{"prompt": "a", "completion": "b", "meta": [{"x": 1, "x": 1}]}', "the key 'x' stands twice in one object"),
+        (b'{"prompt": "a", "completion": "b", "score": NaN}', "NaN is no JSON number"),
+        (b'{"prompt": "a", "completion": "b", "score": -Infinity}', "-Infinity is no JSON number"),
+        (b'{"prompt": "a", "completion": "b"', "column 34: Expecting ',' delimiter"),
         (b"3", "the row is 3 (int); expected an object"),
         (b'{"prompt": "a", "completion": ""}', "completion: an empty completion"),
     ],
@@ -75,10 +83,11 @@ def test_bad_lines_are_named_and_can_be_skipped(tmp_path, line, says):
 
 
 def test_errors_stop_at_ten_rows(tmp_path):
-    path = written(tmp_path / "a.jsonl", [{"text": "x"}] * 30)
+    path = written(tmp_path / "a.jsonl", [{"txt": "x"}] * 30)
     with pytest.raises(DataError) as error:
         load_records(str(path))
-    assert str(error.value).count("prompt: missing") == 10
+    assert "prompt: missing" in str(error.value)
+    assert str(error.value).startswith("the first 10 bad rows:")
     with pytest.raises(DataError, match=r"no row can be used; all 30 are bad, the first: .*a.jsonl:1: prompt"):
         load_records(str(path), on_bad_row="skip")
 
@@ -90,15 +99,16 @@ def test_errors_stop_at_ten_rows(tmp_path):
         ("a.jsonl", b"\n \n", "no rows in this file"),
         ("a.json", b"[]", "no rows in this file"),
         ("a.json", b'{"data": []}', "the top level is a dict; expected an array of objects"),
-        (
-            "a.json",
-            b'{"a": 1}\n{"a": 2}',
-            "Extra data: line 2 column 1 .*; with one object a line, name the file .jsonl",
-        ),
+        ("a.json", b'{\n"data": []}', "the top level is a dict; expected an array of objects"),
+        ("a.json", b'[{"a": 1}\n', "not JSON: .*; with one object a line, name the file .jsonl"),
+        ("a.json", b'[{"a": 1, "a": 2}]', "the key 'a' stands twice"),
+        ("a.json", b"", "no rows in this file"),
         ("a.json", b'["\xff"]', "not JSON: 'utf-8' codec"),
         ("a.parquet", b"PAR1 but not really", "not Parquet"),
         ("a.parquet", b"", "not Parquet"),
-        ("a.csv", b"prompt,completion\na,b\n", "unknown kind of file '.csv'; expected .jsonl, .json, .parquet"),
+        ("a.toml", b"a = 1\n", "unknown kind of file '.toml'; expected .jsonl, .json, .parquet, .csv, .tsv"),
+        ("a.parquet.gz", b"", "unknown kind of file '.parquet.gz'"),
+        (".jsonl", b"{}", "unknown kind of file"),
     ],
 )
 def test_useless_files_are_named(tmp_path, name, content, says):
@@ -151,32 +161,103 @@ def test_file_names_are_splits_where_rows_name_none(tmp_path):
         assert len(prompts(str(tmp_path))) == 4
 
 
-def test_hub_names_go_to_datasets(monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_list(ROWS[: 0 if name == "org/empty" else 2])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = load_records("org/name")
-    assert [str(x.origin) for x in loaded.records] == ["org/name[train]:1", "org/name[train]:2"]
-    assert prompts("name", "test") == ["p0", "p1"]
-    assert asked == [("org/name", "train"), ("name", "test")]
-    with pytest.raises(DataError, match=r"org/empty: no rows in split 'train'"):
-        load_records("org/empty")
+def test_json_with_one_object_a_line_is_read_as_such(tmp_path):
+    """As SHP's files on the hub are."""
+    path = tmp_path / "train.json"
+    path.write_text("\n" + "\n".join(map(json.dumps, ROWS)))
+    assert [x.origin.row for x in load_records(str(path)).records] == [2, 3, 4, 5]
+    assert [row for _, row in read_rows(str(path), lazy=True)][1] == json.dumps(ROWS[1]).encode() + b"\n"
+    path.write_text("\n".join(json.dumps(row, indent=1) for row in ROWS))
+    with pytest.raises(DataError, match="not JSON: Extra data"):
+        load_records(str(path))
 
 
-def test_unreachable_hub_is_rephrased(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    for spec in ("no-such-org/no-such-data", "no-such-data"):
-        with pytest.raises(
-            DataError, match=f"'{spec}' is not a local file or folder, and split 'train' of a hub dataset"
-        ):
+def test_an_array_too_large_to_be_held_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("halos_pl.data.sources.formats.MAX_ARRAY", 2**20)
+    path = tmp_path / "a.json"
+    path.write_text("[" + " " * 2**20 + "]")
+    with pytest.raises(DataError, match=r"a.json: an array of more than 1 MiB; expected one object a line"):
+        load_records(str(path))
+
+
+def test_the_first_row_says_whether_rows_have_a_split_field(tmp_path):
+    """A file's name counts where they have none; the field counts where they have."""
+    named = written(tmp_path / "test.jsonl", [ROWS[0] | {"split": "train"}, ROWS[1] | {"split": "test"}, ROWS[2]])
+    assert prompts(str(named), "train") == ["p0"]
+    assert prompts(str(named), "test") == ["p1", "p2"]  # the third has none: its file's name
+    for lazy in (False, True):
+        with pytest.warns(DataWarning, match="all splits are used together \\('test', 'train'\\)"):
+            assert len(list(read_rows(str(named), lazy=lazy))) == 3
+    plain = written(tmp_path / "train.jsonl", [ROWS[0], ROWS[1] | {"split": "test"}])
+    assert prompts(str(plain), "train") == ["p0", "p1"]
+    with pytest.raises(DataError, match="no row of split 'test'; the splits there are: 'train'"):
+        load_records(str(plain), "test")
+
+
+def test_an_unreadable_row_belongs_to_the_split_that_is_asked_for(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{\n" + json.dumps(ROWS[0] | {"split": "test"}) + "\n")
+    assert len(list(read_rows(str(path), "test"))) == 2
+    assert [type(row) for _, row in read_rows(str(path), "train")] == [DataError]
+
+
+def test_split_names_of_several_words_are_found_in_file_names(tmp_path):
+    written(tmp_path / "train_prefs-00000-of-00001.jsonl", ROWS[:1])
+    written(tmp_path / "train_sft-00000-of-00001.jsonl", ROWS[1:2])
+    written(tmp_path / "constraint.jsonl", ROWS[2:3])  # has "train" in it, but not as a word
+    assert prompts(str(tmp_path), "train_prefs") == ["p0"]
+    assert prompts(str(tmp_path), "train") == ["p0", "p1"]
+
+
+def test_links_folders_and_pipes_named_like_data(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    written(data / "a.jsonl", ROWS)
+    (data / "b.jsonl").symlink_to(data / "a.jsonl")
+    assert len(prompts(str(data))) == 8
+    (data / "b.jsonl").unlink()
+    (data / "b.jsonl").symlink_to("b.jsonl")
+    with pytest.raises(DataError, match=r"b.jsonl: a link to nothing; expected a file"):
+        load_records(str(data))
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_records(str(data / "b.jsonl"))
+    (data / "b.jsonl").unlink()
+    (data / "b.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"b.jsonl: a folder; expected a file, as its name has .jsonl"):
+        load_records(str(data))
+    (data / "b.jsonl").rmdir()
+    os.mkfifo(data / "b.jsonl")
+    with pytest.raises(DataError, match=r"b.jsonl: no regular file"):
+        load_records(str(data))
+    for name in (str(data / "b.jsonl"), "/dev/zero.jsonl"):
+        with pytest.raises(DataError, match=r"not a regular file|no such file"):
+            load_records(name)
+    os.mkfifo(data / "c.parquet")
+    with pytest.raises(DataError, match="not a regular file"):
+        load_records(str(data / "c.parquet"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_forbidden_files_are_named(tmp_path):
+    path = written(tmp_path / "a.jsonl", ROWS)
+    path.chmod(0)
+    with pytest.raises(DataError, match=r"a.jsonl: cannot be read: .*Permission denied"):
+        load_records(str(path))
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    for spec in ("x" * 5000 + ".jsonl", "a\0b.jsonl", str(tmp_path / ("y" * 300)), "~nobody-of-this-name/a.jsonl"):
+        with pytest.raises(DataError):
             load_records(spec)
+
+
+def test_sources_of_several_kinds_are_read_in_order(tmp_path):
+    plain = written(tmp_path / "a.jsonl", ROWS[:1])
+    renamed = written(tmp_path / "b.jsonl", [{"question": "q", "completion": "c", "label": 1}])
+    source = Source(str(renamed), columns={"prompt": "question"})
+    assert prompts([str(plain), source]) == ["p0", "q"]
+    with pytest.raises(DataError, match="no row can be used; no source is given"):
+        load_records([])
 
 
 def test_rows_are_streamed(tmp_path):
@@ -196,6 +277,7 @@ def test_rows_are_streamed(tmp_path):
         ("paired/chat_dpo_en.jsonl", None, Paired, 218),
         ("sft/gsm8k_train_2000.jsonl", None, Unpaired, 2000),
         ("sft/helpful_multi_turn.jsonl", None, Unpaired, 42),
+        ("paired/hh_format_helpful.jsonl", None, Paired, 56),
     ],
 )
 def test_real_files_load_whole(shared_data, name, split, kind, count):

@@ -1,0 +1,103 @@
+"""Micro-batches of a dataset, in the order of an epoch."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from halos_pl.batch import DataNeeds
+from halos_pl.data.batches import EpochBatches
+from halos_pl.data.collate import Collator
+from halos_pl.data.dataset import FeedbackDataset
+from halos_pl.data.records import DataError, DataWarning
+from halos_pl.data.tokenization import CompletionTokenizer
+
+Stage = Literal["train", "validation", "test", "predict"]
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What `AlignmentData` documents under these names; `stratified` and `batch_size` are those of the stage."""
+
+    batch_size: int
+    max_tokens: int | None
+    stratified: bool
+    group_by_length: bool
+    group_by_prompt: bool
+    pair_in_batch: bool
+    pad_to_multiple_of: int
+    length_groups: int
+    num_workers: int
+    seed: int
+
+
+def make_loader(
+    dataset: FeedbackDataset,
+    encoder: CompletionTokenizer,
+    needs: DataNeeds,
+    options: LoaderOptions,
+    *,
+    stage: Stage,
+    world: int = 1,
+    rank: int = 0,
+) -> DataLoader[Any]:
+    """The loader of one rank. Its batches do not depend on the number of its worker processes.
+
+    Raises:
+        DataError: no row makes a micro-batch, or one alone is longer than `max_tokens`.
+    """
+    training = stage == "train"
+    halves = options.stratified and stage != "predict" and not dataset.paired
+    by_length = options.group_by_length and training
+    multiple = options.pad_to_multiple_of
+    padded = np.maximum(dataset.lengths, np.minimum(-(-dataset.lengths // multiple) * multiple, encoder.max_length))
+    try:
+        batches = EpochBatches(
+            len(dataset),
+            batch_size=options.batch_size,
+            shuffle=training,
+            seed=options.seed,
+            num_replicas=world,
+            rank=rank,
+            labels=dataset.labels if halves else None,
+            lengths=padded if by_length or options.max_tokens is not None else None,
+            members=dataset.members.width,
+            max_tokens=options.max_tokens,
+            group_by_length=by_length,
+            prompts=dataset.row_prompts if options.group_by_prompt and training else None,
+            drop_last=options.pair_in_batch,  # a last batch of one row would find no y′
+        )
+    except ValueError as error:
+        raise DataError(f"{stage}: {error}") from error
+    if not len(batches):
+        raise DataError(
+            f"no row is left to train on: {len(dataset)} rows on {world} ranks"
+            f"{', stratified (which needs both classes)' if halves else ''}"
+        )
+    if not training and batches.repeated:
+        told = f"{stage}: {batches.repeated} rows count twice, so that each of {world} ranks has some"
+        warnings.warn(told, DataWarning, stacklevel=2)
+    collator = Collator(
+        view=needs.view,
+        pad_id=encoder.tokenizer.pad_token_id,
+        vocab_size=needs.vocab_size,
+        max_length=encoder.max_length,
+        pad_to_multiple_of=multiple,
+        length_groups=options.length_groups,
+        pair_in_batch=options.pair_in_batch,
+        scores=needs.scores and stage != "predict",
+    )
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the sampler names whole micro-batches
+        sampler=batches,
+        collate_fn=collator,
+        num_workers=options.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=options.num_workers > 0,
+    )
