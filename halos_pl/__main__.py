@@ -8,7 +8,7 @@ from io import TextIOWrapper
 
 from halos_pl import __version__
 
-COMMANDS = ("fit", "validate", "test", "predict", "chat", "objectives", "plot", "doctor")
+COMMANDS = ("fit", "validate", "test", "predict", "data", "chat", "objectives", "plot", "doctor")
 HELP = f"""\
 halos-pl {__version__}: align language models with human-aware losses.
 
@@ -19,6 +19,7 @@ commands:
   validate   the held-out metrics of a policy
   test       the same on the test rows
   predict    score every test row and write runs/NAME/predictions.jsonl
+  data       what a training would see of some rows: data inspect
   chat       talk to a model: chat DIR
   objectives every loss that ships, what it needs and what it costs
   plot       draw a figure of the KTO report: plot value-functions
@@ -29,6 +30,7 @@ examples:
   python -m halos_pl fit --config recipes/kto.yaml --model.policy MODEL --data.train feedback.jsonl
   python -m halos_pl fit --config recipes/dpo.yaml --model.policy MODEL --data.train pairs.jsonl
   python -m halos_pl fit --config kto.yaml --print_config
+  python -m halos_pl data inspect --data.train feedback.jsonl --html report.html
   python -m halos_pl chat runs/kto
   python -m halos_pl plot value-functions --out figure-4.pdf
   python -m halos_pl doctor
@@ -56,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
         print(f"halos_pl: error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
+    if argv[0] == "data":
+        from halos_pl.inspect.command import main as data
+
+        return data(argv[1:])
     if argv[0] == "chat":
         from halos_pl.chat.command import main as chat
 

@@ -89,7 +89,7 @@ class DatasetBuilder:
         if self.needs.equal_halves and labelled and not dataset.paired:
             _surplus(dataset, training, named, notes)
         _repetitions(dataset, notes)
-        dataset.bad = [(file, row) for file, row, _ in bad]
+        dataset.bad = bad
         dataset.report = "; ".join([_count(dataset, self.needs.view), *notes, f"{dataset.cut}{_skipped(bad)}"])
         return dataset
 
@@ -134,9 +134,8 @@ class DatasetBuilder:
         told.finish()
 
     def _partners(self, dataset: FeedbackDataset) -> Index:
-        prompts, completions = dataset.prompts.tolist(), dataset.completions.tolist()
         try:
-            partners, shared = mismatch(prompts, completions, seed=self.seed)
+            partners, shared = mismatch(dataset.prompts, dataset.completions, seed=self.seed)
         except ValueError as error:
             raise DataError(
                 f"{dataset.example(error.args[1]).origin}: no other row has another prompt with another completion, so "
@@ -183,7 +182,9 @@ def _surplus(dataset: FeedbackDataset, training: bool, named: str, notes: list[s
 
 def _repetitions(dataset: FeedbackDataset, notes: list[str]) -> None:
     members = dataset.members
-    _, once = np.unique(2 * members.record + members.side, return_index=True)  # a weight repeats rows on purpose
+    member = 2 * members.record + members.side
+    order = np.argsort(member, kind="stable")
+    once = order[np.append(True, np.diff(member[order]) > 0)]  # a weight repeats rows on purpose
     again, both = repeats(dataset.prompts[once], dataset.completions[once], members.label[once])
     if again:
         notes.append(f"{again:,} duplicates")

@@ -176,7 +176,7 @@ class AlignmentData(L.LightningDataModule):
         Returns:
             How many; with none, no file is written.
         """
-        wanted = {row for dataset in self.datasets.values() for row in dataset.bad}
+        wanted = {(file, row) for dataset in self.datasets.values() for file, row, _ in dataset.bad}
         if wanted:
             places = {source.name: source for part in self.datasets for source in self.sources[part]}
             with path.open("wb") as out:

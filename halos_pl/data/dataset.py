@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from halos_pl.data.collate import Example, Item
-from halos_pl.data.store import Corpus, codes
+from halos_pl.data.store import Bad, Corpus, codes
 from halos_pl.data.tokenization import CompletionTokenizer
 from halos_pl.data.truncation import Tokens
 from halos_pl.data.views import Bools, Index, Members
@@ -25,7 +25,7 @@ class FeedbackDataset(Dataset[Any]):
         completion_sizes: tokens of the completions, as they are cut, int64 [members].
         partners: int64 [members], which member's completion is y′; or None.
         report: what a user should know of the rows.
-        bad: file and row of those that were left out.
+        bad: file, row and message of those that were left out.
     """
 
     def __init__(self, corpus: Corpus, members: Members, encoder: CompletionTokenizer) -> None:
@@ -34,7 +34,7 @@ class FeedbackDataset(Dataset[Any]):
         self._control = {label: np.array(ids, np.int32) for label, ids in encoder.control.ids.items()}
         self.partners: Index | None = None
         self.report = ""
-        self.bad: list[tuple[str, int]] = []
+        self.bad: list[Bad] = []
         sizes = np.array([len(self._control[x]) for x in (False, True, None)])
         control = sizes[members.label]  # -1, no label, is the last one
         before, after = corpus.sizes["prompt"][members.record].astype(np.int64), members.sizes(corpus)

@@ -46,6 +46,12 @@ def repeats(prompts: Index, completions: Index, label: NDArray[Any]) -> tuple[in
         label: [rows], 1, 0 or -1 for none.
     """
     text = prompts * (int(completions.max(initial=0)) + 1) + completions
-    judged = len(np.unique(text * 3 + label))
-    contradicted = len(np.intersect1d(text[label == 1], text[label == 0]))
-    return len(text) - judged, contradicted
+    good, bad = _distinct(text[label == 1]), _distinct(text[label == 0])
+    contradicted = int(np.isin(good, bad, assume_unique=True, kind="sort").sum())
+    return len(text) - len(_distinct(text * 3 + label)), contradicted
+
+
+def _distinct(values: Index) -> Index:
+    """In order; numpy's own `unique` takes ten times as long for millions."""
+    ordered = np.sort(values)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])] if len(ordered) else ordered

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Index = NDArray[np.int64]
+Keys = Sequence[Hashable] | Index
 MANY = 20_000  # rows
 PROBES = 64
 
 
-def mismatch(prompts: Sequence[Hashable], completions: Sequence[Hashable], *, seed: int) -> tuple[Index, int]:
+def mismatch(prompts: Keys, completions: Keys, *, seed: int) -> tuple[Index, int]:
     """Partner j(i) of every row i: another prompt *and* another completion, so that y′ = y_j(i) never equals y_i.
 
     A seeded derangement: rows are laid out prompt by prompt in random order and rotated by the size of the largest
@@ -21,7 +22,8 @@ def mismatch(prompts: Sequence[Hashable], completions: Sequence[Hashable], *, se
     draws y′ inside the micro-batch instead, which does depend on them).
 
     Args:
-        prompts: a key for each row; equal keys mean the same prompt.
+        prompts: a key for each row; equal keys mean the same prompt. An array holds numbers from 0 on, each at its
+            first appearance the next one.
         completions: a key for each row; equal keys mean the same completion.
         seed: of the layout and the swaps.
 
@@ -33,7 +35,7 @@ def mismatch(prompts: Sequence[Hashable], completions: Sequence[Hashable], *, se
         ValueError: some row has no completion of another prompt at all; `args[1]` is the row's index.
     """
     n = len(prompts)
-    x, y = _codes(prompts), _codes(completions)
+    x, y = (keys if isinstance(keys, np.ndarray) else _codes(keys) for keys in (prompts, completions))
     rng = np.random.default_rng([seed, n])
     place = rng.permutation(n)  # random inside a prompt
     rank = rng.permutation(int(x.max()) + 1 if n else 0)  # and between prompts

@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -130,7 +132,7 @@ class _Job:
 
     def run(self, part: int, parts: int, progress: Progress | None = None) -> int:
         """Returns the number of the source's blocks, or of those until too many bad rows were there."""
-        parent, bad, number = os.getppid(), 0, 0
+        bad, number = 0, 0
         rows = read_rows(self.source, lazy=True)
         while block := list(islice(rows, BLOCK)):
             path = self.folder / _name(number)
@@ -143,8 +145,6 @@ class _Job:
                 progress.advance(len(block))
             if self.stop_after is not None and bad >= self.stop_after:
                 break
-            if parts > 1 and os.getppid() != parent:
-                sys.exit("the process that asked for this is gone")
         return number
 
     def _write(self, path: Path, rows: list[tuple[Origin, object]]) -> None:
@@ -176,7 +176,7 @@ def _in_processes(job: _Job, workers: int, progress: Progress) -> int:
     """Blocks in turn to each process. They are forked where the system can: nothing is imported anew."""
     fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
     context = multiprocessing.get_context("fork" if fork else "spawn")
-    with warnings.catch_warnings(), ProcessPoolExecutor(workers, context, _begin) as pool:
+    with warnings.catch_warnings(), ProcessPoolExecutor(workers, context, _begin, (os.getpid(),)) as pool:
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         runs: set[Future[int]] = {pool.submit(job.run, part, workers) for part in range(workers)}
         waiting = runs
@@ -192,10 +192,17 @@ def _digest(*parts: object) -> str:
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _begin() -> None:
-    """In a process of its own: one thread, and no search for garbage among what was there before."""
+def _begin(parent: int) -> None:
+    """In a process of its own: one core, no search for garbage among what was there before, an end with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _name(block: int) -> str:

@@ -189,6 +189,17 @@ def start(file: Path, model: Path, cache: Path, workers: int) -> subprocess.Pope
     return process
 
 
+def vanishes(group: int) -> bool:
+    """No process of the group is left after a while."""
+    for _ in range(50):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def killed(times: int, file: Path, model: Path, cache: Path) -> int:
     """Kill it at random moments; returns how often it was killed before it had come to its end."""
     rng, early = np.random.default_rng(0), 0
@@ -196,8 +207,9 @@ def killed(times: int, file: Path, model: Path, cache: Path) -> int:
         process = start(file, model, cache, 1 + i % 2)
         time.sleep(rng.uniform(0, 0.15))
         early += process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)  # its own processes see that and end
+        os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        assert vanishes(process.pid), "its own processes see that and end"
         if i % 10 == 9:  # from the beginning again
             for path in cache.rglob("*.arrow"):
                 path.unlink()

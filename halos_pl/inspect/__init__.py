@@ -1,0 +1,1 @@
+"""`python -m halos_pl data inspect`: what a training would see of some data, before it starts."""
