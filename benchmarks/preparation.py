@@ -1,7 +1,8 @@
 """From a file of feedback to micro-batches: seconds and memory, ours and TRL's, over the same rows.
 
-`python -m benchmarks.preparation` writes one million rows, prepares them twice (the second time they are found in the
-cache), and prepares the first rows of them with TRL's KTOTrainer, as many processes each as there are cores.
+`python -m benchmarks.preparation` writes one million rows and prepares them twice (the second time they are found in the
+cache). The first of these rows are a file of their own, which we and TRL's KTOTrainer prepare, with as many processes
+as there are cores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from benchmarks.peers import ROOT, environment
 
-JOBS = ("ours", "ours, again", "trl")
+JOBS = ("ours", "ours, again", "ours, first rows", "TRL, first rows")
 BATCH_SIZE, MAX_LENGTH, SEED = 32, 512, 0
 
 
@@ -119,7 +120,7 @@ def trl(file: str, model: str) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Each job in a process of its own, one after the other; TRL on the first of the same rows."""
+    """Each job in a process of its own, one after the other."""
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         rows, few = Path(folder, "rows.jsonl"), Path(folder, "few.jsonl")
@@ -128,9 +129,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             part.writelines(line for _, line in zip(range(options.trl_rows), whole, strict=False))
         quiet = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "TMPDIR": folder}
         for job in JOBS:
-            if job == "trl" and not options.trl_rows:
+            if job.endswith("first rows") and not options.trl_rows:
                 continue
-            file = few if job == "trl" else rows
+            file = few if job.endswith("first rows") else rows
             child = [sys.executable, "-m", "benchmarks.preparation", "--job", job, "--file", str(file)]
             done = subprocess.run(
                 child,
@@ -162,11 +163,25 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def missed(report: dict[str, Any]) -> list[str]:
+    """What is not as it must be: memory, a second start, and twice the rows a second of TRL."""
+    runs = report["runs"]
+    limits = {
+        f"peak of {runs['ours']['peak_mib']:,.0f} MiB, 2,048 allowed": runs["ours"]["peak_mib"] > 2048,
+        f"second start in {runs['ours, again']['setup_s']:.1f} s, 5 allowed": runs["ours, again"]["setup_s"] > 5,
+    }
+    if JOBS[3] in runs:
+        ratio = runs[JOBS[2]]["rows_per_s"] / runs[JOBS[3]]["rows_per_s"]
+        limits[f"{ratio:.2f} times the rows a second of TRL, 2 wanted"] = ratio < 2
+    return [name for name, wrong in limits.items() if wrong]
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.preparation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--trl-rows", type=int, default=100_000, help="0: without TRL")
+    parser.add_argument("--trl-rows", type=int, default=100_000, help="the first rows, for both; 0: without TRL")
     parser.add_argument("--chat", action="store_true", help="conversational rows, through a chat template")
+    parser.add_argument("--gate", action="store_true", help="exit with 1 where a limit is missed")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "preparation.json")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
@@ -183,13 +198,15 @@ def main() -> None:
     if options.job is not None:
         from halos_pl.nano.shipped import locate
 
-        prepare = trl if options.job == "trl" else ours
+        prepare = trl if options.job.startswith("TRL") else ours
         print(json.dumps(prepare(options.file, locate("nano:model"))))
         return
     report = measure(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(report))
+    if options.gate and (wrong := missed(report)):
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":
