@@ -1,8 +1,8 @@
 """From a file of feedback to micro-batches: seconds and memory, ours and TRL's, over the same rows.
 
-`python -m benchmarks.preparation` writes one million rows and prepares them twice (the second time they are found in the
-cache). The first of these rows are a file of their own, which we and TRL's KTOTrainer prepare, with as many processes
-as there are cores.
+`python -m benchmarks.preparation` writes one million rows and prepares them twice (the second time they are found in
+the cache). The first of these rows are a file of their own, which we and TRL's KTOTrainer prepare, each with as many
+processes as there are cores.
 """
 
 from __future__ import annotations
