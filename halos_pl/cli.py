@@ -27,7 +27,7 @@ from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 from halos_pl.nano.shipped import refuse_mixture
 from halos_pl.objective_choice import own_defaults
-from halos_pl.parser_errors import explain
+from halos_pl.parser_errors import explain, of_a_source
 from halos_pl.quiet import quieten
 from halos_pl.run_folder import ENV, RunError, RunFolder, claim, find_checkpoint
 
@@ -54,6 +54,12 @@ class UsageError(Exception):
 
 
 class _Parser(LightningArgumentParser):
+    def add_class_arguments(self, theclass: type, *arguments: Any, **options: Any) -> Any:
+        """A source of data is a name: the parser must not open the file and take its rows for settings."""
+        if theclass is AlignmentData:
+            options["sub_configs"] = False
+        return super().add_class_arguments(theclass, *arguments, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UsageError(message)
 
@@ -103,6 +109,9 @@ class HalosCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         sys.argv[1:] = own_defaults(sys.argv[1:])
+        for option in ("--data.train", "--data.validation", "--data.test"):
+            if sum(word.partition("=")[0] == option for word in sys.argv) > 1:
+                raise UsageError(f"{option} is given twice; several sources are a list: {option} '[a.jsonl, b.jsonl]'")
         try:
             super().parse_arguments(parser, args)
         except UsageError as error:
@@ -123,7 +132,7 @@ class HalosCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
-            raise UsageError(str(error)) from error  # what constructors say of values that they refuse
+            raise UsageError(of_a_source(str(error)) or str(error)) from error  # what constructors say of their values
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers, checkpoints and report of a run, where the config does not bring its own.

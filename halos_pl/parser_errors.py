@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from jsonargparse import ArgumentParser
 
+SOURCE_KEYS = ("path", "reader", "split", "limit", "weight", "threshold", "columns", "streaming")
 Choices = Mapping[str, Mapping[str, type]]
 """Keys whose value is a class chosen by name, with the classes by name."""
 
@@ -22,6 +23,8 @@ def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:
         choices: classes that a key selects; their parameters are valid keys below it.
     """
     keys = sorted(_keys(parser, choices))
+    if told := of_a_source(message):
+        return told
     if unknown := re.search(r"unrecognized arguments: --(\S+?)(?:[= ]|$)", message):
         return _unknown(unknown[1], keys, choices)
     if unknown := re.search(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'", message):
@@ -44,11 +47,18 @@ def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:
     return f"--{key}: " + " ".join(message[at.end() :].split()).lstrip(": ")
 
 
+def of_a_source(message: str) -> str | None:
+    """What `Source` says of its values, out of the parser's words about all forms that a source may have."""
+    told = re.search(rf"^\s*- ((?:{'|'.join(SOURCE_KEYS)}): .*)$", message, re.MULTILINE)
+    return told and f"a source of data: {told[1]}"
+
+
 def _keys(parser: ArgumentParser, choices: Choices) -> set[str]:
     keys = {name.removeprefix("--") for action in parser._actions for name in action.option_strings if name[:2] == "--"}
     for key, classes in choices.items():
         for choice in classes.values():
             keys |= {f"{key}.{name}" for name in _parameters(choice)}
+    keys |= {f"data.{part}.{name}" for part in ("train", "validation", "test") for name in SOURCE_KEYS}
     return {key for key in keys if not key.endswith("+")}
 
 
@@ -58,9 +68,11 @@ def _unknown(name: str, keys: Iterable[str], choices: Choices) -> str:
         return f"unknown key --{name}{_nearest(name, keys)}"
     if owners := [x for classes in choices.values() for x in classes if name in _parameters(classes[x])]:
         return f"key {name!r} is a parameter of {_listed(owners)}, not of the class that is chosen"
-    leaves = {key.rsplit(".", 1)[-1]: key for key in keys}
+    leaves: dict[str, list[str]] = {}
+    for key in keys:
+        leaves.setdefault(key.rsplit(".", 1)[-1], []).append(f"--{key}")
     near = difflib.get_close_matches(name, leaves, n=1)
-    return f"unknown key {name!r}" + (f"; did you mean --{leaves[near[0]]}?" if near else "")
+    return f"unknown key {name!r}" + (f"; did you mean {' or '.join(leaves[near[0]])}?" if near else "")
 
 
 def _parameters(choice: type) -> list[str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
+
+from halos_pl.data.cuts import alike, halved, merged, sizes
 
 Index = NDArray[np.int64]
 WINDOW = 64  # global batches whose rows are sorted by length together
@@ -106,7 +109,8 @@ class EpochBatches(DistributedSampler[list[int]]):
             _, first, codes = np.unique(prompts, return_index=True, return_inverse=True)
             self._codes, self._longest = np.argsort(np.argsort(first))[codes], np.zeros(len(first), dtype=np.int64)
             np.maximum.at(self._longest, self._codes, self.lengths)
-        self._goal = 0  # micro-batches of every epoch, where their number would vary
+        units = WINDOW * (batch_size // self.unit) * num_replicas
+        self._window = units if group_by_length else 1  # of units that are sorted by length together
         self._planned: tuple[int, Plan] | None = None
         self._first: int | None = None  # the epoch that `start` is about
 
@@ -171,46 +175,46 @@ class EpochBatches(DistributedSampler[list[int]]):
     def _plan(self, epoch: int) -> Plan:
         world, rng = self.num_replicas, np.random.default_rng([self.seed, epoch])
         rows, offsets, bounds = self._cut_to_goal(rng, epoch)
-        count, atoms = len(bounds) - 1, len(offsets) - 1 if self.prompts is None else len(rows)
-        goal = min(max(-(-count // world) * world, self._goal), atoms // world * world)
+        atoms = len(offsets) - 1 if self.prompts is None else len(rows)  # what can be a micro-batch by itself
         if atoms < world:
             rows = np.resize(rows, 0 if self.shuffle or not atoms else world * self.unit)
             bounds = np.arange(0, len(rows) + 1, self.unit)
         else:
-            bounds = offsets[_halved(bounds, offsets, goal)]
-            if self.prompts is not None:
-                bounds = _halved(bounds, np.arange(len(rows) + 1), goal)
+            steps = max(-(-(len(bounds) - 1) // world), self._goal // world)
+            wanted = min(steps, atoms // world) * world
+            bounds = offsets[halved(bounds, offsets, wanted)]
+            if self.prompts is not None:  # its rows may be parted then
+                bounds = halved(bounds, np.arange(len(rows) + 1), wanted)
         if not self.shuffle:
-            bounds = np.delete(bounds, np.arange(-2 * ((len(bounds) - 1) % world), 0, 2))
-        count = len(bounds) - 1
-        longest = np.maximum.reduceat(self.lengths[rows], bounds[:-1]) if count else bounds[:-1]
-        kept = np.sort(rng.permutation(count)[count % world :])
-        table = np.stack([bounds[:-1], bounds[1:], longest])[:, kept]
-        used = int((table[1] - table[0]).sum())
-        table = table.reshape(3, -1, world)
-        steps = rng.permutation(table.shape[1]) if self.shuffle and self.group_by_length else np.arange(table.shape[1])
+            bounds = merged(bounds, (len(bounds) - 1) % world)
+        longest = np.maximum.reduceat(self.lengths[rows], bounds[:-1]) if len(bounds) > 1 else bounds[:-1]
+        kept = np.sort(rng.permutation(len(longest))[len(longest) % world :])  # as many for each rank
+        begins, ends, longest = (x[kept].reshape(-1, world) for x in (bounds[:-1], bounds[1:], longest))
+        used = int((ends - begins).sum())
+        order = rng.permutation(len(begins)) if self.shuffle and self.group_by_length else np.arange(len(begins))
         if self.shuffle and epoch == 0 and used and (self.group_by_length or self.max_tokens is not None):
-            most = ((table[1] - table[0]) * table[2]).max(axis=1)[steps].argmax()
-            steps[[0, most]] = steps[[most, 0]]
-        begins, ends, longest = table[:, steps]
+            largest = ((ends - begins) * longest).max(axis=1)[order].argmax()
+            order[[0, largest]] = order[[largest, 0]]
+        begins, ends, longest = begins[order], ends[order], longest[order]
         return Plan(rows, begins, ends, longest, max(0, used - self.total), max(0, self.total - used))
+
+    @cached_property
+    def _goal(self) -> int:
+        """Micro-batches of every epoch, where their number would vary: those of epoch 0, and 2 % more."""
+        if self._fixed or not self.shuffle:
+            return 0
+        count = len(self._cut(*self._units(np.random.default_rng([self.seed, 0]), 0, self._window))) - 1
+        return -(-(count + count // 50 + 1) // self.num_replicas) * self.num_replicas
 
     def _cut_to_goal(self, rng: np.random.Generator, epoch: int) -> tuple[Index, Index, Index]:
         """Rows, where the units in them begin, and which units begin a micro-batch."""
-        cap = self.batch_size // self.unit
-        window = WINDOW * cap * self.num_replicas if self.group_by_length else 1
-        varies = self.shuffle and not self._fixed
-        if varies and epoch and not self._goal:
-            self._cut_to_goal(np.random.default_rng([self.seed, 0]), 0)
+        window = self._window
         for _ in range(TRIES):
             rows, offsets = self._units(rng, epoch, window)
             bounds = self._cut(rows, offsets)
-            count = len(bounds) - 1
-            if varies and not epoch:
-                self._goal = -(-(count + count // 50 + 1) // self.num_replicas) * self.num_replicas
-            if not varies or count <= self._goal:
+            if not self._goal or len(bounds) - 1 <= self._goal:
                 break
-            window = max(8 * window, 4 * cap)
+            window = max(8 * window, 4 * (self.batch_size // self.unit))
         return rows, offsets, bounds
 
     def _units(self, rng: np.random.Generator, epoch: int, window: int) -> tuple[Index, Index]:
@@ -226,7 +230,7 @@ class EpochBatches(DistributedSampler[list[int]]):
             whole = self.num_replicas * cap if self.drop_last or cap == 1 else 1
             columns = [column[: len(column) // whole * whole] for column in columns]
         if window > 1:  # columns apart: the i-th longest of both classes meet
-            columns = [column[_alike(self.lengths[column], window)] for column in columns]
+            columns = [column[alike(self.lengths[column], window)] for column in columns]
         rows = np.stack(columns, axis=1).reshape(-1)
         return rows, np.arange(0, len(rows) + 1, self.unit)
 
@@ -244,7 +248,7 @@ class EpochBatches(DistributedSampler[list[int]]):
         rows = rng.permutation(self.size) if self.shuffle else np.arange(self.size)
         sequence = rng.permutation(kinds) if self.shuffle else np.arange(kinds)
         if window > 1:
-            sequence = sequence[_alike(self._longest[sequence], window)]
+            sequence = sequence[alike(self._longest[sequence], window)]
         rows = rows[np.argsort(np.argsort(sequence)[self._codes[rows]], kind="stable")]
         sizes = np.bincount(self._codes, minlength=kinds)[sequence]
         most = np.full(kinds, self.batch_size)
@@ -256,7 +260,7 @@ class EpochBatches(DistributedSampler[list[int]]):
     def _cut(self, rows: Index, offsets: Index) -> Index:
         units = len(offsets) - 1
         if self._fixed:
-            return np.append(0, np.cumsum(_sizes(units, self.batch_size // self.unit, self.num_replicas)))
+            return np.append(0, np.cumsum(sizes(units, self.batch_size // self.unit, self.num_replicas)))
         longest = np.maximum.reduceat(self.lengths[rows], offsets[:-1]) if units else offsets[:-1]
         limit = np.inf if self.max_tokens is None else self.max_tokens // self.members
         bounds = [0]
@@ -265,34 +269,3 @@ class EpochBatches(DistributedSampler[list[int]]):
             tokens = size * np.maximum.accumulate(longest[at : at + self.batch_size])
             bounds.append(at + int(np.count_nonzero((size <= self.batch_size) & (tokens <= limit))))
         return np.array(bounds)
-
-
-def _alike(lengths: Index, window: int) -> Index:
-    """The order by length within windows, falling and rising in turn: neighbours across windows are alike too."""
-    number, span = np.arange(len(lengths)) // window, int(lengths.max(initial=0)) + 1
-    return np.argsort(number * span + np.where(number % 2, lengths, span - 1 - lengths), kind="stable")
-
-
-def _sizes(units: int, cap: int, world: int) -> Index:
-    """Units of each micro-batch; where no spread gives all ranks as many, one each."""
-    full, rest = divmod(units, world * cap)
-    if not rest:
-        return np.full(full * world, cap)
-    if rest < world:
-        if not full or cap == 1:
-            return np.ones(units, dtype=np.int64)
-        full, rest = full - 1, rest + world * cap
-    last = world if rest <= world * cap else 2 * world
-    return np.concatenate([np.full(full * world, cap), rest // last + (np.arange(last) < rest % last)])
-
-
-def _halved(bounds: Index, offsets: Index, goal: int) -> Index:
-    """Halves the micro-batches of the most rows until there are `goal`, as far as units can be parted."""
-    while (need := goal - len(bounds) + 1) > 0:
-        units, rows = np.diff(bounds), np.diff(offsets[bounds])
-        able = np.flatnonzero((units > 1) & (2 * rows > rows[units > 1].max(initial=0)))
-        if not len(able):
-            break
-        chosen = able[np.argsort(-rows[able], kind="stable")[:need]]
-        bounds = np.sort(np.concatenate([bounds, bounds[chosen] + units[chosen] // 2]))
-    return bounds

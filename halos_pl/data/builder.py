@@ -67,7 +67,8 @@ class DatasetBuilder:
         corpora = [Corpus(x.blocks) for x in prepared]
         corpus = corpora[0] if len(corpora) == 1 else Corpus([path for x in prepared for path in x.blocks])
         named = ", ".join(x.name for x in sources)
-        bad = [row for x in prepared for row in x.bad]
+        again = hold_out is not None and not training  # the same rows as those that are trained on
+        bad = [] if again else [row for x in prepared for row in x.bad]
         records = select(prepared, [len(x) for x in corpora], seed=self.seed, weighted=training)
         if hold_out is not None:
             mine = held_out(corpus, records, hold_out)
@@ -101,6 +102,8 @@ class DatasetBuilder:
         if mixed:
             records = records[~np.isin(records, mixed.records)]
         view, together = self.needs.view, self.needs.control is None
+        if not labelled and not corpus.paired[records].any():
+            return Members(records, np.zeros(len(records), np.int8), corpus.label[records], corpus.score[records])
         if view == "sft":
             demonstrations = as_demonstrations(corpus, records)
             if not len(demonstrations):
@@ -109,10 +112,8 @@ class DatasetBuilder:
                     "imitate"
                 )
             return demonstrations
-        paired, scores = corpus.paired[records], self.needs.scores and labelled
-        if not labelled and not paired.any():
-            return Members(records, np.zeros(len(records), np.int8), corpus.label[records], corpus.score[records])
-        if view == "paired" or (not (training or scores) and together and paired.all()):
+        scores = self.needs.scores and labelled
+        if view == "paired" or (not (training or scores) and together and corpus.paired[records].all()):
             members, refused, alone = as_paired(corpus, records, match=self.pair_labels and view == "paired")
             if alone:
                 notes.append(f"{alone} labelled completions found no partner")
@@ -127,7 +128,7 @@ class DatasetBuilder:
     def _refuse(self, refused: Sequence[Refusal], corpus: Corpus, bad: list[Bad]) -> None:
         told = BadRows(self.prepare.on_bad_row)
         for refusal in refused:
-            for record, error in refusal.errors(corpus):
+            for record, error in replace(refusal, records=np.unique(refusal.records)).errors(corpus):
                 bad.append((corpus.files[corpus.file[record]], int(corpus.row[record]), str(error)))
                 with told.caught():
                     raise error

@@ -15,9 +15,9 @@ from halos_pl.batch import DataNeeds
 from halos_pl.data.builder import DatasetBuilder
 from halos_pl.data.dataset import FeedbackDataset
 from halos_pl.data.encoder import make_encoder
-from halos_pl.data.loader import LoaderOptions, Stage, make_loader
-from halos_pl.data.options import check_ranges, refuse_unequal_halves, refuse_unused
-from halos_pl.data.prepare import Preparation
+from halos_pl.data.loader import LoaderOptions, Stage, make_loader, refuse_other_rows
+from halos_pl.data.options import check_ranges, refuse_unequal_halves, refuse_unused, refuse_weights
+from halos_pl.data.prepare import Preparation, Prepared
 from halos_pl.data.records import DataError
 from halos_pl.data.sources import Source, as_sources, copy_rows
 from halos_pl.data.tokenization import CompletionTokenizer
@@ -42,8 +42,8 @@ class AlignmentData(L.LightningDataModule):
             of the prompt, so that no prompt is on both sides and the same ones are held out in every run.
         test: Source of the rows for `test` and `predict`.
         train_split: Take the rows whose `split` field has this value (a hub dataset: this split of it).
-        validation_split: Likewise for the held-out rows.
-        test_split: Likewise for the test rows.
+        validation_split: Likewise for the held-out rows (without `validation`, of `train`).
+        test_split: Likewise for the test rows (without `test`, of `train`).
         tokenizer: Folder or hub name. Default: the module's (its `tokenizer`, else its `policy`).
         chat_template: Template of conversational rows: tulu2, tulu2-halos, chatml, plain, or a Jinja file. Default: the
             tokenizer's own.
@@ -70,8 +70,8 @@ class AlignmentData(L.LightningDataModule):
             are kept: the control experiment.
         on_bad_row: `error` stops with a list of the malformed rows; `skip` goes on without them and lists them.
         seed: Of order, y′, random members and the rows to keep.
-        group_by_length: Micro-batches of rows of like length, in random order: less padding.
-        group_by_prompt: Rows of one prompt come together, in one micro-batch where they fit.
+        group_by_length: Training micro-batches of rows of like length, in random order: less padding.
+        group_by_prompt: Training rows of one prompt come together, in one micro-batch where they fit.
         max_tokens: Most tokens of a micro-batch, padding included, y′ not: long rows come in smaller micro-batches.
         num_workers: Worker processes of the loaders; rows and order do not depend on it.
         prepare_workers: Processes that tokenize. Default: all cores for large data, else one.
@@ -122,12 +122,16 @@ class AlignmentData(L.LightningDataModule):
         check_ranges(locals())
         self.sources: dict[Stage, list[Source]] = {
             "train": as_sources(train, train_split),
-            "validation": as_sources(validation, validation_split),
-            "test": as_sources(test, test_split),
+            "validation": as_sources(
+                train if validation is None and validation_split else validation, validation_split
+            ),
+            "test": as_sources(train if test is None and test_split else test, test_split),
         }
+        refuse_weights(self.sources)
         self.sources["predict"] = self.sources["test"]
         if validation_share is not None:
             self.sources["validation"] = self.sources["train"]
+        self._prepared: dict[Source, Prepared] = {}
         self.validation_share = validation_share
         self.tokenizer_name, self.chat_template, self.eos_token = tokenizer, chat_template, eos_token
         self.max_length, self.max_prompt_length, self.special_tokens = max_length, max_prompt_length, special_tokens
@@ -177,12 +181,12 @@ class AlignmentData(L.LightningDataModule):
             How many; with none, no file is written.
         """
         wanted = {(file, row) for dataset in self.datasets.values() for file, row, _ in dataset.bad}
+        count = len(wanted)
         if wanted:
-            places = {source.name: source for part in self.datasets for source in self.sources[part]}
             with path.open("wb") as out:
-                for source in places.values():
-                    copy_rows(source, wanted, out)
-        return len(wanted)
+                for source in dict.fromkeys(source for part in self.datasets for source in self.sources[part]):
+                    wanted -= copy_rows(source, wanted, out)
+        return count - len(wanted)
 
     def _ask_module(self) -> None:
         """Take the needs of the module at hand; what another module needed is forgotten."""
@@ -192,7 +196,7 @@ class AlignmentData(L.LightningDataModule):
             raise TypeError("AlignmentData learns what to read from AlignmentModule: fit that, or set `needs`")
         if needs != self._prepared_for:
             self.needs, self._prepared_for = needs, needs
-            self.encoder, self.datasets = None, {}
+            self.encoder, self.datasets, self._prepared = None, {}, {}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -221,6 +225,7 @@ class AlignmentData(L.LightningDataModule):
             turns=self.assistant_turns,
             cache=None if self.cache is None else Path(self.cache).expanduser(),
             workers=self.prepare_workers,
+            known=self._prepared,
         )
 
     def _build(self, stage: Stage) -> FeedbackDataset:
@@ -277,6 +282,7 @@ class AlignmentData(L.LightningDataModule):
             seed=self.seed,
         )
         world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        refuse_other_rows(self.datasets[stage], stage)
         return make_loader(
             self.datasets[stage], self.preparation.encoder, self.needs, options, stage=stage, world=world, rank=rank
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import Any, overload
 
 import numpy as np
@@ -89,6 +90,14 @@ class FeedbackDataset(Dataset[Any]):
     def labels(self) -> Bools:
         """[rows] bool, of unpaired rows."""
         return self.members.label == 1
+
+    @property
+    def identity(self) -> str:
+        """Digest of which rows these are, and how they are labelled."""
+        digest = blake2b(" ".join(sorted({path.parent.name for path in self.corpus.paths})).encode(), digest_size=16)
+        for column in (self.members.record, self.members.side, self.members.label):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
 
     @property
     def paired(self) -> bool:

@@ -30,7 +30,7 @@ _DOWN = (
 )
 LABELS = dict.fromkeys(_UP.split(","), True) | dict.fromkeys(_DOWN.split(","), False)
 _WORDS = [x for x in LABELS if sum(map(str.isalpha, x)) > 2]  # a hint at a number or a letter would be a guess
-_NUMBER = re.compile(r"[-+]?\d*\.?\d+")
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _SHADES = dict.fromkeys([0xFE0F, *range(0x1F3FB, 0x1F400)])  # of an emoji: its colour variant, its skin tones
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from halos_pl.batch import DataNeeds
@@ -34,6 +35,19 @@ class LoaderOptions:
     length_groups: int
     num_workers: int
     seed: int
+
+
+def refuse_other_rows(dataset: FeedbackDataset, stage: Stage) -> None:
+    """DataError where the ranks have read different rows, as of a file that grew between one and the next."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, dataset.identity)
+    if len(set(found)) > 1:
+        raise DataError(
+            f"data.{stage}: the ranks have read different rows: the files changed between one start and the next, or "
+            "differ from host to host; give all ranks one copy that stays as it is"
+        )
 
 
 def make_loader(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 from unicodedata import category, east_asian_width
@@ -97,11 +97,17 @@ def _joined(parts: list[object], key: str, origin: Origin) -> str:
     return "".join(texts)
 
 
-def listed(keys: Mapping[Any, Any]) -> str:
-    """The keys of a row or a message, for an error of one line."""
-    names = [x if x.isprintable() else ascii(x) for x in map(str, keys)]
-    shown = ", ".join(x if len(x) <= 40 else f"{x[:40]}…" for x in names[:20])
+def listed(keys: Iterable[object]) -> str:
+    """The keys of a row or a message, or names of another kind, for an error of one line."""
+    names = list(map(str, keys))
+    shown = ", ".join(brief(x if x.isprintable() else ascii(x), 40) for x in names[:20])
     return (shown + f" and {len(names) - 20} more" * (len(names) > 20)) or "none"
+
+
+def brief(text: str, size: int = 200) -> str:
+    """The beginning of a text, for an error of one line: what cannot be printed is escaped."""
+    shown = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text[: size + 1])
+    return shown if len(shown) <= size else f"{shown[:size]}…"
 
 
 def count_characters(value: object, key: str, origin: Origin, *, message: int | None = None) -> int:

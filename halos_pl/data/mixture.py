@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,22 +19,24 @@ def select(prepared: Sequence[Prepared], counts: Sequence[int], *, seed: int, we
     """Records of a corpus that holds `counts[i]` records of source i, one source after the other.
 
     A source with a `limit` gives so many of its records, with a weight of 2.5 each twice and half of them once more:
-    drawn by the seed, in their own order. Weights are for training; held-out rows count once.
+    drawn by the seed and the source's name, in their own order. Weights are for training; held-out rows count once.
     """
     parts, start = [], 0
-    for place, (one, count) in enumerate(zip(prepared, counts, strict=True)):
-        order = np.random.default_rng([seed, 3, place]).permutation(count)[: one.source.limit]
+    for one, count in zip(prepared, counts, strict=True):
+        order = np.random.default_rng([seed, 3, crc32(one.source.name.encode())]).permutation(count)[: one.source.limit]
         whole, share = divmod(one.source.weight if weighted else 1.0, 1.0)
-        drawn = [order] * int(whole) + [order[: round(share * len(order))]]
+        some = max(round(share * len(order)), 1 if whole < 1 else 0)
+        drawn = [order] * int(whole) + [order[:some]]
         parts.append(start + np.sort(np.concatenate(drawn), kind="stable"))
         start += count
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 def held_out(corpus: Corpus, records: Index, share: float) -> NDArray[np.bool_]:
-    """Which records belong to the share of prompts that is held out: by the digest of their prompts alone, so that no
-    prompt is on both sides, whatever the seed, the order and the rows that come later."""
-    digest = np.ascontiguousarray(corpus.keys("prompt")[records, 8:]).view(np.uint64).reshape(-1)
+    """Which records belong to the share of prompts that is held out: by the digest of their prompts' beginning alone,
+    so that no prompt and no conversation is on both sides, whatever the seed, the order and the rows that come later.
+    """
+    digest = np.ascontiguousarray(corpus.keys("opening")[records, 8:]).view(np.uint64).reshape(-1)
     return digest < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halos_pl.batch import DataNeeds
 from halos_pl.data.records import DataError
+from halos_pl.data.sources import Source
 
 LEAST = {
     "batch_size": 1,
@@ -51,6 +52,16 @@ def check_ranges(given: Mapping[str, Any]) -> None:
         for name in ("group_by_prompt", "max_tokens"):
             if given[name]:
                 raise ValueError(f"mismatch batch needs full micro-batches of several prompts, not {name}")
+
+
+def refuse_weights(sources: Mapping[Any, Sequence[Source]]) -> None:
+    """ValueError for a weight where rows count once: of held-out and test rows."""
+    for part in ("validation", "test"):
+        for source in sources[part]:
+            if source.weight != 1 and source not in sources["train"]:
+                raise ValueError(
+                    f"{part}: {source.name} has weight {source.weight}, which is for training; give a limit"
+                )
 
 
 def refuse_unused(given: Mapping[str, Any], needs: DataNeeds) -> None:

@@ -1,30 +1,34 @@
 """From a source to its tokenized records: once, by several processes where it is large, and found again later.
 
 Tokens lie in a folder of the cache that is named after all that they depend on: the source's content and how it is
-read, tokenizer, template, and the versions of the code. A folder is filled block by block, each file whole or not
-there, so that a process that was killed is followed by one that goes on; `complete.json`, written last, says that all
-are there.
+read, tokenizer, template, and the code. A folder is filled block by block, each file whole or not there, so that a
+process that was killed is followed by one that goes on; `complete.json`, written last, says what belongs there.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tokenizers
 import transformers
@@ -33,16 +37,15 @@ from filelock import FileLock, Timeout
 from halos_pl.data.progress import Progress
 from halos_pl.data.records import LISTED, BadRows, DataError, DataWarning, OnBadRow, Origin, Record, parse_record
 from halos_pl.data.sources import Source, count_rows, fingerprint, parsed, read_rows
-from halos_pl.data.store import Bad, bad_of, write_block
+from halos_pl.data.store import Bad, Notes, notes_of, write_block
 from halos_pl.data.tokenization import CompletionTokenizer
 from halos_pl.data.views import each_turn
 
-VERSION = 1  # of the files, and of how rows become tokens
 BLOCK = 8192  # rows of a source in a file
 CHUNK = 1024  # records tokenized at once
 LARGE = 50_000  # rows from which on several processes pay
 Turns = Literal["last", "all"]
-_LIBRARIES = (transformers.__version__, tokenizers.__version__)
+Rows = list[tuple[Origin, object]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Preparation:
         turns: of a conversation, the last reply or each of them as a row of its own.
         cache: folder; see `cache_folder`.
         workers: processes; None: one, or for large sources as many as there are cores.
+        known: what was prepared already, by its source; a log that grows is read once.
     """
 
     encoder: CompletionTokenizer
@@ -71,30 +75,38 @@ class Preparation:
     turns: Turns = "last"
     cache: Path | None = None
     workers: int | None = None
+    known: dict[Source, Prepared] = field(default_factory=dict)
 
     def __call__(self, source: Source) -> Prepared:
         """Tokenize a source, or find its tokens.
 
         Raises:
-            DataError: no such source, and, unless they are skipped, bad rows.
+            DataError: no such source, a cache that cannot be written, and, unless they are skipped, bad rows.
         """
+        whole = replace(source, weight=1.0, limit=source.limit if source.streaming else None)
+        if whole not in self.known:
+            self.known[whole] = self._prepare(whole)
+        return replace(self.known[whole], source=source)
+
+    def _prepare(self, source: Source) -> Prepared:
         folder = (self.cache or cache_folder()) / self._key(source)
-        done = folder / "complete.json"
-        if not done.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with _alone(folder, source):
-                if not done.exists():  # else another process has tokenized it meanwhile
-                    self._fill(source, folder)
-        complete = json.loads(done.read_bytes())
-        os.utime(done)  # when it was last used
-        blocks = [folder / _name(i) for i in range(complete["blocks"])]
+        complete = _complete(folder)
+        if complete is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with _alone(folder, source):
+                    complete = _complete(folder) or self._fill(source, folder)
+            except OSError as error:
+                raise DataError(f"data.cache: {folder} cannot be written: {error}") from error
+        for warning in complete["warnings"]:
+            warnings.warn(warning, DataWarning, stacklevel=2)
         bad = [(file, row, message) for file, row, message in complete["bad"]]
         self._refuse(bad)
-        return Prepared(source, blocks, bad)
+        return Prepared(source, [folder / _name(i) for i in range(len(complete["sizes"]))], bad)
 
     def _key(self, source: Source) -> str:
         """Of the folder. The other ranks that Lightning starts take that of the first one: a log may have grown."""
-        how = _digest(source, self.encoder.identity, self.turns, VERSION, BLOCK, *_LIBRARIES)
+        how = _digest(source, self.encoder.identity, self.turns, BLOCK, _code(), *_LIBRARIES)
         told = f"HALOS_TOKENS_{how}"
         if os.environ.get("LOCAL_RANK", "0") == "0" or told not in os.environ:
             os.environ[told] = _digest(how, fingerprint(source))
@@ -107,60 +119,84 @@ class Preparation:
                 raise DataError(message, origin=Origin(file, row))
         told.finish()
 
-    def _fill(self, source: Source, folder: Path) -> None:
-        rows = count_rows(source)
-        job = _Job(source, self.encoder, folder, self.turns, LISTED if self.on_bad_row == "error" else None)
-        workers = self.workers or (_cores() if rows is not None and rows >= LARGE and not source.streaming else 1)
-        with Progress(f"tokenizing {source.name}", rows) as progress:
-            blocks = job.run(0, 1, progress) if workers == 1 else _in_processes(job, workers, progress)
-        bad = [row for i in range(blocks) if (path := folder / _name(i)).exists() for row in bad_of(path)]
-        self._refuse(bad)
+    def _fill(self, source: Source, folder: Path) -> dict[str, Any]:
+        """All blocks of a source; those that are there, from a process that was killed, are kept."""
+        for left in folder.glob("*.arrow.*"):
+            left.unlink()
+        notes, rows, number = Notes([], []), count_rows(source), -1
+        with warnings.catch_warnings(record=True) as said, Progress(f"tokenizing {source.name}", rows) as progress:
+            warnings.simplefilter("always", DataWarning)
+            for number, found in enumerate(self._blocks(source, folder, rows)):
+                notes = Notes(notes.bad + found.bad, notes.warnings + found.warnings)
+                progress.reach((number + 1) * BLOCK)
+                if self.on_bad_row == "error" and len(notes.bad) >= LISTED:
+                    break
+        ours = [str(x.message) for x in said if issubclass(x.category, DataWarning)]
+        for other in said:
+            if not issubclass(other.category, DataWarning):
+                warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+        self._refuse(notes.bad)
+        sizes = [(folder / _name(i)).stat().st_size for i in range(number + 1)]
+        complete = {"sizes": sizes, "bad": notes.bad, "warnings": list(dict.fromkeys(ours + notes.warnings))}
         temporary = folder / f"complete.json.{os.getpid()}"
-        temporary.write_text(json.dumps({"blocks": blocks, "bad": bad}), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as out:
+            json.dump(complete, out)
+            out.flush()
+            os.fsync(out.fileno())
         os.replace(temporary, folder / "complete.json")
+        return complete
+
+    def _blocks(self, source: Source, folder: Path, rows: int | None) -> Iterator[Notes]:
+        """Write the blocks of a source, in order, and tell what is to be said of each. The source is read once."""
+        write = _Writer(self.encoder, self.turns)
+        several = self.workers or _cores()
+        first = 0 if self.workers or (rows or 0) >= LARGE else LARGE // BLOCK  # blocks until it counts as large
+        content, number = read_rows(source, lazy=True), 0
+        waiting: deque[Future[Notes]] = deque()
+        with _Pool(several, write) as pool:
+            while block := list(islice(content, BLOCK)):
+                path = folder / _name(number)
+                number += 1
+                if several == 1 or (number <= first and not waiting):
+                    yield write(path, block)
+                    continue
+                waiting.append(pool.submit(path, block))
+                if len(waiting) > 2 * several:
+                    yield pool.result(waiting.popleft())
+            while waiting:
+                yield pool.result(waiting.popleft())
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What every process does: go through the whole source, and tokenize its own blocks."""
+class _Writer:
+    """Tokenizes one block of rows into its file, in whatever process."""
 
-    source: Source
     encoder: CompletionTokenizer
-    folder: Path
     turns: Turns
-    stop_after: int | None  # bad rows
 
-    def run(self, part: int, parts: int, progress: Progress | None = None) -> int:
-        """Returns the number of the source's blocks, or of those until too many bad rows were there."""
-        bad, number = 0, 0
-        rows = read_rows(self.source, lazy=True)
-        while block := list(islice(rows, BLOCK)):
-            path = self.folder / _name(number)
-            if number % parts == part:
-                if not _whole(path):
-                    self._write(path, block)
-                bad += len(bad_of(path))
-            number += 1
-            if progress is not None:
-                progress.advance(len(block))
-            if self.stop_after is not None and bad >= self.stop_after:
-                break
-        return number
-
-    def _write(self, path: Path, rows: list[tuple[Origin, object]]) -> None:
+    def __call__(self, path: Path, rows: Rows) -> Notes:
+        try:
+            return notes_of(path)
+        except OSError:  # it is not there, or not whole
+            pass
         bad: list[Bad] = []
         encoded = []
-        records = self._records(rows, bad)
-        while chunk := list(islice(records, CHUNK)):
-            for record, ids in zip(chunk, self.encoder.encode_records(chunk), strict=True):
-                if isinstance(ids, DataError):
-                    bad.append((record.origin.file, record.origin.row, str(ids)))
-                else:
-                    encoded.append((record, ids))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", DataWarning)
+            records = self._records(rows, bad)
+            while chunk := list(islice(records, CHUNK)):
+                for record, ids in zip(chunk, self.encoder.encode_records(chunk), strict=True):
+                    if isinstance(ids, DataError):
+                        bad.append((record.origin.file, record.origin.row, str(ids)))
+                    else:
+                        encoded.append((record, ids))
         order = {(origin.file, origin.row): i for i, (origin, _) in enumerate(rows)} if bad else {}
-        write_block(path, encoded, sorted(bad, key=lambda x: order[x[:2]]))
+        bad.sort(key=lambda x: order[x[:2]])
+        notes = Notes(bad, [str(x.message) for x in said if issubclass(x.category, DataWarning)])
+        write_block(path, encoded, notes)
+        return notes
 
-    def _records(self, rows: list[tuple[Origin, object]], bad: list[Bad]) -> Iterator[Record]:
+    def _records(self, rows: Rows, bad: list[Bad]) -> Iterator[Record]:
         for origin, raw in rows:
             try:
                 if isinstance(row := parsed(raw, origin), DataError):
@@ -172,30 +208,50 @@ class _Job:
             yield from each_turn(record) if self.turns == "all" else (record,)
 
 
-def _in_processes(job: _Job, workers: int, progress: Progress) -> int:
-    """Blocks in turn to each process. They are forked where the system can: nothing is imported anew."""
-    fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-    context = multiprocessing.get_context("fork" if fork else "spawn")
-    with warnings.catch_warnings(), ProcessPoolExecutor(workers, context, _begin, (os.getpid(),)) as pool:
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        runs: set[Future[int]] = {pool.submit(job.run, part, workers) for part in range(workers)}
-        waiting = runs
-        while waiting:
-            done, waiting = wait(waiting, timeout=0.5)
-            for run in done:
-                run.result()
-            progress.reach(BLOCK * sum(1 for x in job.folder.iterdir() if x.suffix == ".arrow"))
-    return max(run.result() for run in runs)
+class _Pool:
+    """Processes that begin with the first task. They are forked where the system can: nothing is imported anew."""
+
+    def __init__(self, workers: int, write: _Writer) -> None:
+        self.workers, self.write = workers, write
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    @cached_property
+    def _processes(self) -> ProcessPoolExecutor:
+        fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+        context = multiprocessing.get_context("fork" if fork else "spawn")
+        return ProcessPoolExecutor(self.workers, context, _begin, (os.getpid(), self.write))
+
+    def submit(self, path: Path, rows: Rows) -> Future[Notes]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            return self._processes.submit(_write, path, rows)
+
+    def result(self, task: Future[Notes]) -> Notes:
+        try:
+            return task.result()
+        except BrokenProcessPool as error:
+            remedy = "if memory ran out, take fewer: --data.prepare_workers 1"
+            raise DataError(f"a process that tokenizes was killed; {remedy}") from error
+
+    def __exit__(self, *error: object) -> None:
+        if "_processes" in vars(self):
+            self._processes.shutdown(cancel_futures=True)
 
 
-def _digest(*parts: object) -> str:
-    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+_writers: list[_Writer] = []  # the one of this process
 
 
-def _begin(parent: int) -> None:
+def _write(path: Path, rows: Rows) -> Notes:
+    return _writers[0](path, rows)
+
+
+def _begin(parent: int, write: _Writer) -> None:
     """In a process of its own: one core, no search for garbage among what was there before, an end with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()
+    _writers[:] = [write]
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -205,16 +261,32 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
+def _complete(folder: Path) -> dict[str, Any] | None:
+    """What belongs into a folder, if it is all there."""
+    try:
+        found = json.loads((folder / "complete.json").read_bytes())
+        there = [(folder / _name(i)).stat().st_size for i in range(len(found["sizes"]))]
+    except (OSError, ValueError):
+        return None
+    return dict(found) if there == found["sizes"] else None
+
+
+def _digest(*parts: object) -> str:
+    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Of everything that reads rows and makes tokens of them: nobody trains on what yesterday's code made."""
+    here = Path(__file__).parent
+    return _digest(*(path.read_bytes() for path in sorted(here.rglob("*.py"))))
+
+
+_LIBRARIES = (transformers.__version__, tokenizers.__version__)
+
+
 def _name(block: int) -> str:
     return f"{block:06d}.arrow"
-
-
-def _whole(path: Path) -> bool:
-    try:
-        bad_of(path)
-    except OSError:
-        return False
-    return True
 
 
 def _cores() -> int:
@@ -223,27 +295,38 @@ def _cores() -> int:
 
 @contextmanager
 def _alone(folder: Path, source: Source) -> Iterator[None]:
-    """A lock that only one process holds at a time; it goes with the process."""
+    """One process at a time; the lock goes with the process. Where the file system has none, two do the same work."""
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         print(f"waiting for another process that tokenizes {source.name}", file=sys.stderr)
         lock.acquire()
-    with lock:
-        lock.release()  # of the two times that it is held now
+    except (NotImplementedError, OSError):
         yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@cache
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        warnings.warn(f"no cache in {folder} ({error}): tokens go to a temporary folder", DataWarning, stacklevel=3)
+        temporary = tempfile.mkdtemp(prefix="halos_pl-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return Path(temporary)
 
 
 def cache_folder() -> Path:
-    """HALOS_CACHE, else `halos_pl` in XDG_CACHE_HOME or ~/.cache; where that cannot be written, a temporary one."""
+    """`tokens` in HALOS_CACHE, else in `halos_pl` in XDG_CACHE_HOME or ~/.cache; where that cannot be written, a
+    temporary folder that goes with the process."""
     base = os.environ.get("HALOS_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base).expanduser() if base else Path(home) / "halos_pl"
-    try:
-        (folder / "tokens").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder / "tokens"):
-            return folder / "tokens"
-    except OSError as error:
-        warnings.warn(f"no cache in {folder} ({error}): tokens go to a temporary folder", DataWarning, stacklevel=2)
-        return Path(tempfile.mkdtemp(prefix="halos_pl-"))
+    return _writable((Path(base).expanduser() if base else Path(home) / "halos_pl") / "tokens")

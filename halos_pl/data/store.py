@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from halos_pl.data.records import Origin, Paired, Record
+from halos_pl.data.records import Origin, Paired, Record, Text
 from halos_pl.data.tokenization import Encoded
 from halos_pl.data.truncation import Tokens
 
@@ -32,6 +32,7 @@ _SCHEMA = pa.schema(
         "first": _TOKENS,  # the completion, or the chosen one
         "second": _TOKENS,  # the rejected one; empty where there is none
         "prompt_key": pa.binary(KEY),
+        "opening_key": pa.binary(KEY),  # of the prompt up to the first user's turn
         "first_key": pa.binary(KEY),
         "second_key": pa.binary(KEY),
         "label": pa.int8(),  # 1, 0, or -1 for none
@@ -45,7 +46,14 @@ Bad = tuple[str, int, str]
 """File, row and message of a row that could not be used."""
 
 
-def write_block(path: Path, rows: Sequence[tuple[Record, Encoded]], bad: Sequence[Bad]) -> None:
+class Notes(NamedTuple):
+    """What is to be said of a block's rows."""
+
+    bad: list[Bad]
+    warnings: list[str]
+
+
+def write_block(path: Path, rows: Sequence[tuple[Record, Encoded]], notes: Notes) -> None:
     """One file, whole or not at all: a process that is killed leaves no part of it under its name."""
     records = [record for record, _ in rows]
     encoded = [ids for _, ids in rows]
@@ -57,6 +65,7 @@ def write_block(path: Path, rows: Sequence[tuple[Record, Encoded]], bad: Sequenc
         _lists([x.completions[0] for x in encoded]),
         _lists([x.completions[1] if len(x.completions) == 2 else [] for x in encoded]),
         [_key([x.prompt, x.tools]) for x in records],
+        [_key(_opening(x.prompt)) for x in records],
         [_key(x.chosen if isinstance(x, Paired) else x.completion) for x in records],
         [_key(x.rejected) if isinstance(x, Paired) else empty for x in records],
         [-1 if isinstance(x, Paired) or x.desirable is None else int(x.desirable) for x in records],
@@ -66,7 +75,7 @@ def write_block(path: Path, rows: Sequence[tuple[Record, Encoded]], bad: Sequenc
         [x.origin.row for x in records],
     ]
     arrays = [x if isinstance(x, pa.Array) else pa.array(x, y.type) for x, y in zip(columns, _SCHEMA, strict=True)]
-    schema = _SCHEMA.with_metadata({"files": json.dumps(files), "bad": json.dumps(bad)})
+    schema = _SCHEMA.with_metadata({"files": json.dumps(files), "notes": json.dumps(notes)})
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with temporary.open("wb") as out:
         with pa.ipc.new_file(out, schema) as writer:
@@ -76,15 +85,16 @@ def write_block(path: Path, rows: Sequence[tuple[Record, Encoded]], bad: Sequenc
     os.replace(temporary, path)
 
 
-def bad_of(path: Path) -> list[Bad]:
-    """The rows of a block that could not be used.
+def notes_of(path: Path) -> Notes:
+    """What was said of a block's rows when it was written.
 
     Raises:
         OSError: the file is not there, or damaged.
     """
     try:
         with pa.memory_map(str(path)) as source:
-            return [(file, row, message) for file, row, message in json.loads(_schema(source).metadata[b"bad"])]
+            bad, warnings = json.loads(pa.ipc.open_file(source).schema.metadata[b"notes"])
+            return Notes([(file, row, message) for file, row, message in bad], warnings)
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise OSError(f"{path}: damaged: {error}") from error
 
@@ -115,10 +125,10 @@ class Corpus:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = [Path(path) for path in paths]
-        self.files: list[str] = []
+        places: dict[str, int] = {}
         self._tokens: dict[str, list[_Ragged]] = {name: [] for name in ("prompt", "first", "second")}
         columns: dict[str, list[Any]] = {name: [] for name in ("label", "score", "demonstration", "file", "row")}
-        keys: dict[str, list[Any]] = {name: [] for name in self._tokens}
+        keys: dict[str, list[Any]] = {name: [] for name in (*self._tokens, "opening")}
         counts = [0]
         for path in self.paths:
             schema, batch = _open(path)
@@ -126,11 +136,13 @@ class Corpus:
             for name, blocks in self._tokens.items():
                 column = batch.column(name)
                 blocks.append(_Ragged(column.offsets.to_numpy(), column.values.to_numpy()))
-                keys[name].append(_digests(batch.column(f"{name}_key")))
+            for name, digests in keys.items():
+                digests.append(_digests(batch.column(f"{name}_key")))
             for name in columns:
                 columns[name].append(batch.column(name).to_numpy())
-            columns["file"][-1] = columns["file"][-1] + np.int32(len(self.files))
-            self.files += json.loads(schema.metadata[b"files"])
+            names = [places.setdefault(name, len(places)) for name in json.loads(schema.metadata[b"files"])]
+            columns["file"][-1] = np.array([*names, 0], np.int32)[columns["file"][-1]]
+        self.files = list(places)
         self._starts = np.cumsum(counts)
         self.sizes = {
             name: np.concatenate([np.empty(0, np.int32), *(np.diff(x.starts) for x in blocks)]).astype(np.int32)
@@ -158,7 +170,8 @@ class Corpus:
         return self._tokens[name][block][record - int(self._starts[block])]
 
     def keys(self, name: str) -> NDArray[np.uint8]:
-        """Digests of the raw texts, uint8 [records, 16]: equal ones mean equal texts, whatever is cut off later."""
+        """Digests of the raw texts, uint8 [records, 16]: equal ones mean equal texts, whatever is cut off later.
+        "opening" is the prompt up to its first user's turn: all turns of a conversation share it."""
         return np.concatenate([np.empty((0, KEY), np.uint8), *self._keys[name]])
 
 
@@ -167,6 +180,13 @@ def codes(keys: NDArray[np.uint8]) -> NDArray[np.int64]:
     flat = pa.py_buffer(np.ascontiguousarray(keys))
     array = pa.Array.from_buffers(pa.binary(KEY), len(keys), [None, flat])
     return np.asarray(array.dictionary_encode().indices.to_numpy(), np.int64)
+
+
+def _opening(prompt: Text) -> Text:
+    if isinstance(prompt, str):
+        return prompt
+    asked = next((i for i, message in enumerate(prompt) if message["role"] == "user"), len(prompt))
+    return prompt[: asked + 1]
 
 
 _canonical = json.JSONEncoder(sort_keys=True, default=str).encode
@@ -181,10 +201,6 @@ def _lists(rows: Sequence[Sequence[int]]) -> pa.Array:
     starts = np.concatenate([[0], np.cumsum(sizes)])
     values = np.fromiter(chain.from_iterable(rows), np.int32, int(starts[-1]))
     return pa.LargeListArray.from_arrays(pa.array(starts, pa.int64()), pa.array(values, pa.int32()))
-
-
-def _schema(source: Any) -> Any:
-    return pa.ipc.open_file(source).schema
 
 
 def _open(path: Path) -> tuple[Any, Any]:

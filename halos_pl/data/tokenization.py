@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +20,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.control import Control
+from halos_pl.data.messages import brief, count_characters
 from halos_pl.data.records import DataError, Message, Origin, Paired, Record, Text, Unpaired
 from halos_pl.data.special import ControlTokens
 from halos_pl.data.templates import TEMPLATES, resolve_template
@@ -120,12 +123,14 @@ class CompletionTokenizer:
             return None
         return self.control.ends(self.chat_template)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """All that the ids of `encode_records` depend on, as a text; lengths are not part of it."""
         ids = [self.eos_token_id, self.tokenizer.bos_token_id, self.control.ids[True], self.control.ids[False]]
         names = self.tokenizer.special_tokens_map
-        return json.dumps([self._opening.to_str(), ids, names, self.chat_template, self.special_tokens], default=str)
+        today = str(date.today()) if "strftime_now" in (self.chat_template or "") else None  # it writes the date
+        how = [self._opening.to_str(), ids, names, self.chat_template, self.special_tokens, today]
+        return json.dumps(how, default=str)
 
     def encode(self, prompt: Text, completion: Text, *, origin: Origin, tools: Tools | None = None) -> Tokenized:
         """Token ids of one row, cut to `max_length`, without control: it has no label.
@@ -240,7 +245,9 @@ class CompletionTokenizer:
         try:
             text = self.tokenizer.apply_chat_template(messages, tools, add_generation_prompt=reply, tokenize=False)
         except Exception as error:  # a template is a program of the user's: whatever it raises is about this row
-            raise origin.error("prompt", f"the chat template fails ({error})", "messages that it can render") from error
+            wrong = f"the chat template fails ({brief(' '.join(str(error).split()))})"
+            raise origin.error("prompt", wrong, "messages that it can render") from error
+        count_characters(text, "prompt, as the chat template renders it", origin)  # keys and its own texts too
         return str(text)
 
     def _ids(self, texts: Sequence[_Rendered]) -> Iterator[Encoded]:

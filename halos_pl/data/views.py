@@ -101,7 +101,7 @@ def as_unpaired(
         missing = ~pair & (label < 0)
         expected = "true or false, which KTO-like objectives learn from, or an objective of demonstrations"
         sft = "--model.objective SFT"
-        rewards = "SFT, or of scores, PPOOffline with reward score"
+        rewards = "SFT, or of scores, PPOOffline with reward score; or labels by a threshold: --data.train.threshold 0"
         refused = [
             Refusal(records[missing & none], "label", "missing", f"{expected}: {sft}"),
             Refusal(records[missing & ~none], "label", "missing", f"{expected}: {rewards}"),
@@ -193,7 +193,9 @@ def _matches(corpus: Corpus, records: Index) -> tuple[Index, int]:
         if key in place
     ]
     rows = records[np.array(found, np.int64).reshape(-1, 2)]
-    return rows, len(records) - 2 * len(found)
+    keys = corpus.keys("first")
+    rows = rows[(keys[rows[:, 0]] != keys[rows[:, 1]]).any(1)]  # a completion with both labels is no pair
+    return rows, len(records) - 2 * len(rows)
 
 
 def _coin(rows: Index, seed: int) -> Bools:
@@ -207,11 +209,10 @@ def _coin(rows: Index, seed: int) -> Bools:
 
 def only_kind(corpus: Corpus, records: Index) -> Refusal | None:
     """The records of another kind than the first one of their file: a file of mixed schemas is a mistake."""
-    file, pair = corpus.file[records], corpus.paired[records]
-    names, first = np.unique(file, return_index=True)
-    kind = np.zeros(int(names.max(initial=-1)) + 1, bool)
-    kind[names] = pair[first]
-    wrong = records[pair != kind[file]]
+    kind = np.zeros(len(corpus.files), bool)
+    files, first = np.unique(corpus.file, return_index=True)
+    kind[files] = corpus.paired[first]
+    wrong = records[corpus.paired[records] != kind[corpus.file[records]]]
     if not len(wrong):
         return None
     told = "a pair" if corpus.paired[wrong[0]] else "a single completion"

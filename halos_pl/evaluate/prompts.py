@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,7 @@ def load_text(source: str, prepare: Preparation, *, limit: int | None = None) ->
     Raises:
         DataError: no such source, malformed rows, or nothing to imitate.
     """
+    prepare = replace(prepare, turns="last", known={})  # whatever the training's are
     corpus = Corpus([path for one in as_sources(source, None) for path in prepare(one).blocks])
     good = as_demonstrations(corpus, np.arange(len(corpus)))
     if not len(good):

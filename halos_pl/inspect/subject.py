@@ -81,9 +81,6 @@ def read(data: AlignmentData, model: Mapping[str, Any], stage: Stage = "train") 
         raise DataError(f"no data to inspect: give --data.{stage} FILE")
     objective: Objective | None = model.get("objective")
     needs = _needs(objective or KTO(), model)
-    if objective is not None and stage == "train":
-        refuse_unused(vars(data), needs)
-        refuse_unequal_halves(vars(data), needs, "fit")
     data.encoder = encoder = make_encoder(vars(data), needs)
     prepared = [data.preparation(source) for source in data.sources[stage]]
     corpora = [Corpus(x.blocks) for x in prepared]
@@ -93,6 +90,9 @@ def read(data: AlignmentData, model: Mapping[str, Any], stage: Stage = "train") 
     else:
         chosen = objective
     training = stage == "train"
+    refuse_unused(vars(data), needs)
+    if training:
+        refuse_unequal_halves(vars(data), needs, "fit")
     builder = DatasetBuilder(
         data.preparation, needs, pair_all=False, unpair=data.unpair, seed=data.seed, pair_labels=data.pair_labels
     )
@@ -102,7 +102,7 @@ def read(data: AlignmentData, model: Mapping[str, Any], stage: Stage = "train") 
             data.sources[stage],
             training=training,
             hold_out=data.validation_share if stage != "test" else None,
-            keep=(data.keep_desirable, data.keep_undesirable) if training and needs.view == "unpaired" else (1.0, 1.0),
+            keep=(data.keep_desirable, data.keep_undesirable) if training else (1.0, 1.0),
             shuffle_labels=training and data.shuffle_labels,
         )
     named = data.tokenizer_name or needs.tokenizer

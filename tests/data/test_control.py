@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from halos_pl.data.collate import Example
 from halos_pl.data.dataset import FeedbackDataset
 from halos_pl.data.records import Origin, Unpaired
-from halos_pl.data.store import Corpus, write_block
+from halos_pl.data.store import Corpus, Notes, write_block
 from halos_pl.data.tokenization import CompletionTokenizer, Encoded
 from halos_pl.data.tokenizers import load_tokenizer
 from halos_pl.data.views import Members
@@ -48,7 +48,7 @@ def encoded(encoder: CompletionTokenizer, prompt: Any, completion: Any, desirabl
     (ids,) = encoder.encode_records([record])
     assert isinstance(ids, Encoded), ids
     with tempfile.TemporaryDirectory() as folder:
-        write_block(path := Path(folder, "block"), [(record, ids)], [])
+        write_block(path := Path(folder, "block"), [(record, ids)], Notes([], []))
         corpus = Corpus([path])
         everything = Members(np.arange(1), np.zeros(1, np.int8), corpus.label, corpus.score)
         return FeedbackDataset(corpus, everything, encoder).example(0)

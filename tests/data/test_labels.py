@@ -1,5 +1,6 @@
 import math
 import re
+import time
 from decimal import Decimal
 
 import numpy as np
@@ -110,12 +111,20 @@ def test_what_may_be_mistaken_is_refused(label):
 
 
 @pytest.mark.parametrize(
-    "label", [-1, 2, 0.5, 5, -1.0, math.nan, math.inf, 10**400, "-1", "+1", "2", "0.5", ".5", "-1.0", " 10 "], ids=str
+    "label",
+    [-1, 2, 0.5, 5, -1.0, math.nan, math.inf, 10**400, "-1", "+1", "2", "0.5", ".5", "-1.0", " 10 ", "5."],
+    ids=str,
 )
 def test_another_scale_is_sent_to_score(label):
     message = refusal(label)
     assert message.endswith(OTHER_SCALE)
     assert "did you mean" not in message
+
+
+def test_a_long_text_takes_no_time():
+    start = time.process_time()
+    refusal("1" * 100_000 + "x")
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

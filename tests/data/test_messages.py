@@ -141,6 +141,7 @@ def test_a_prompt_to_sample_on_is_in_order_too():
         ("a", "messages[1]: got 'a' (str); expected a message {role, content}"),
         ({"from": "gpt", "value": "a"}, "messages[1].role: missing, the message's keys are: from, value"),
         ({"role": "assistant"}, "messages[1].content: missing, the message's keys are: role"),
+        ({"\n\ud800" + "x" * 99: 1}, f"messages[1].role: missing, the message's keys are: '\\n\\ud800{'x' * 31}…"),
         (turn("assistant", None), "messages[1].content: null; expected a string"),
         (turn("assistant", 3), "messages[1].content: got 3 (int); expected a string"),
         (turn(1), "messages[1].role: got 1 (int); expected a string"),

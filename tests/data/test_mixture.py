@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from halos_pl.data.mixture import held_out, repeats, select
+from halos_pl.data.prepare import Prepared
+from halos_pl.data.sources import Source
 
 
 def mixture(*sources: tuple[int, int | None, float], seed: int = 0, weighted: bool = True) -> list[list[int]]:
     """Rows of each source, by its size, limit and weight."""
-    prepared: Any = [SimpleNamespace(source=SimpleNamespace(limit=x, weight=y)) for _, x, y in sources]
+    prepared: Any = [Prepared(Source(f"{i}.jsonl", limit=x, weight=y), [], []) for i, (_, x, y) in enumerate(sources)]
     found = select(prepared, [n for n, _, _ in sources], seed=seed, weighted=weighted)
     ends = np.cumsum([0, *(n for n, _, _ in sources)])
     return [[int(i - a) for i in found if a <= i < b] for a, b in pairwise(ends)]
@@ -45,13 +47,14 @@ def test_weights_repeat_rows_when_training() -> None:
     assert len(set(thrice)) == 4
     assert len(thrice) == 10
     assert mixture((10, None, 2.0), (10, None, 0.5), weighted=False) == [[*range(10)]] * 2
+    assert [len(x) for x in mixture((10, None, 0.001), (10, None, 1.0))] == [1, 10], "no source vanishes"
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
 def test_prompts_are_held_out_whole_and_in_every_run(share: float) -> None:
     prompts = [hashlib.blake2b(str(i // 3).encode(), digest_size=16).digest() for i in range(6000)]
     keys = np.frombuffer(b"".join(prompts), np.uint8).reshape(-1, 16)
-    corpus: Any = SimpleNamespace(keys=lambda name: keys)
+    corpus: Any = SimpleNamespace(keys={"opening": keys}.__getitem__)
     out = held_out(corpus, np.arange(6000), share)
     assert (out.reshape(-1, 3) == out[::3, None]).all(), "a prompt is on one side"
     assert abs(out.mean() - share) < 5 * np.sqrt(share * (1 - share) / 2000)
@@ -101,3 +104,35 @@ def test_a_share_of_the_prompts_is_held_out(tiny_model: Path, thumbs_file: Path)
     assert not train & validation
     assert 0.1 < len(validation) / 96 < 0.5
     assert not set(data.datasets["train"].prompt_digests) & set(data.datasets["validation"].prompt_digests)
+
+
+def test_a_conversation_is_held_out_whole(tiny_model: Path, tmp_path: Path) -> None:
+    """With each reply as a row, and with longer conversations of the same beginning."""
+    import json
+
+    from halos_pl.batch import DataNeeds
+    from halos_pl.data import AlignmentData
+
+    def said(number: int, turns: int) -> list[dict[str, str]]:
+        words = [f"q{number}", *(f"{role}{i}" for i in range(turns) for role in "aq")][: 2 * turns]
+        return [{"role": role, "content": x} for role, x in zip(("user", "assistant") * turns, words, strict=True)]
+
+    rows = [{"messages": said(i % 40, 1 + i % 3)} for i in range(120)]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = AlignmentData(train=str(file), validation_share=0.3, assistant_turns="all", chat_template="plain")
+    data.needs = DataNeeds("sft", mismatched=False, tokenizer=str(tiny_model), vocab_size=260, max_positions=None)
+    data.setup("fit")
+    begin = [
+        {rows[x.origin.row - 1]["messages"][0]["content"] for x in data.datasets[part].examples()}
+        for part in ("train", "validation")
+    ]
+    assert not begin[0] & begin[1]
+    assert len(begin[0] | begin[1]) == 40
+
+
+def test_weights_of_rows_that_count_once_are_refused() -> None:
+    from halos_pl.data import AlignmentData
+
+    with pytest.raises(ValueError, match=r"validation: b.jsonl has weight 0.5, which is for training; give a limit"):
+        AlignmentData(train="a.jsonl", validation=Source("b.jsonl", weight=0.5))

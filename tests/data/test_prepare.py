@@ -10,18 +10,21 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from halos_pl.data import prepare as module
+from halos_pl.data import tokenization
 from halos_pl.data.prepare import Preparation, Prepared
-from halos_pl.data.records import DataError
+from halos_pl.data.records import DataError, DataWarning
 from halos_pl.data.sources import Source
 from halos_pl.data.store import Corpus
 from halos_pl.data.tokenization import CompletionTokenizer
 from halos_pl.data.tokenizers import load_tokenizer
+from halos_pl.data.views import only_kind
 
 ROWS = 700
 
@@ -141,15 +144,23 @@ def test_ten_bad_rows_end_it(file: Path, encoder: CompletionTokenizer, tmp_path:
     with pytest.raises(DataError, match="the first 10 bad rows"):
         Preparation(encoder, cache=tmp_path)(Source(str(file)))
     assert len(list(tmp_path.rglob("*.arrow"))) == 1
+    assert not list(tmp_path.rglob("complete.json"))
 
 
 def test_a_damaged_block_is_made_again(file: Path, encoder: CompletionTokenizer, tmp_path: Path) -> None:
     found = Preparation(encoder, cache=tmp_path)(Source(str(file)))
     wanted = contents(found)
-    (found.blocks[0].parent / "complete.json").unlink()
-    found.blocks[3].write_bytes(found.blocks[3].read_bytes()[:100])
-    found.blocks[5].unlink()
-    assert contents(Preparation(encoder, cache=tmp_path)(Source(str(file)))) == wanted
+    complete = found.blocks[0].parent / "complete.json"
+    for harm in (
+        lambda: found.blocks[3].write_bytes(found.blocks[3].read_bytes()[:100]),
+        found.blocks[5].unlink,
+        lambda: complete.with_name("000001.arrow.4711").write_text("left by a process that was killed"),
+        complete.unlink,
+        lambda: complete.write_text(""),
+    ):
+        harm()
+        assert contents(Preparation(encoder, cache=tmp_path)(Source(str(file)))) == wanted
+    assert not list(found.blocks[0].parent.glob("*.arrow.*"))
 
 
 def test_all_turns_are_rows(encoder: CompletionTokenizer, tmp_path: Path) -> None:
@@ -236,3 +247,74 @@ def test_two_at_a_time_share_the_work(
     assert contents(Preparation(encoder, cache=tmp_path / "cache")(Source(str(file)))) == contents(
         Preparation(encoder, cache=tmp_path / "quiet")(Source(str(file)))
     )
+
+
+def test_limits_and_weights_are_drawn_of_the_same_tokens(
+    file: Path, encoder: CompletionTokenizer, tmp_path: Path
+) -> None:
+    sources = [Source(str(file)), Source(str(file), limit=3), Source(str(file), weight=0.5)]
+    found = [Preparation(encoder, cache=tmp_path)(source) for source in sources]
+    assert found[0].blocks == found[1].blocks == found[2].blocks
+    assert [x.source for x in found] == sources
+
+
+def test_a_file_that_grows_is_read_once(
+    file: Path, encoder: CompletionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By several processes too, and by training and validation alike."""
+    prepare = Preparation(encoder, cache=tmp_path, workers=2)
+    real = module.read_rows
+
+    def growing(*arguments: Any, **options: Any) -> Any:
+        rows = real(*arguments, **options)
+        yield next(rows)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write("".join(json.dumps(row(i)) + "\n" for i in range(100)))
+        yield from rows
+
+    monkeypatch.setattr(module, "read_rows", growing)
+    first = contents(prepare(Source(str(file))))
+    assert [x[0] for x in first] == [f"{file}:{i + 1}" for i in range(ROWS)]
+    assert contents(prepare(Source(str(file)))) == first
+
+
+def test_what_was_warned_of_is_warned_of_again(encoder: CompletionTokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    huge = row(1) | {"completion": "a" * 1_000_001}
+    rows = [row(0) | {"split": "train"}, huge | {"split": "test"}]
+    file.write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
+    for _ in range(2):
+        with pytest.warns(DataWarning) as told:
+            Preparation(encoder, cache=tmp_path)(Source(str(file)))
+        said = " ".join(str(x.message) for x in told)
+        assert "rows of all splits are used together" in said
+        assert "1,000,001 characters" in said
+
+
+def test_a_cache_that_cannot_be_written_is_told(file: Path, encoder: CompletionTokenizer) -> None:
+    with pytest.raises(DataError, match=r"data.cache: /proc/nowhere.* cannot be written"):
+        Preparation(encoder, cache=Path("/proc/nowhere"))(Source(str(file)))
+
+
+def test_a_template_that_writes_the_date_is_rendered_anew_each_day(
+    file: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    keys = set()
+    for day in (1, 2):
+        monkeypatch.setattr(tokenization, "date", SimpleNamespace(today=lambda day=day: day))
+        for template in ("plain", dated):
+            encoder = CompletionTokenizer(load_tokenizer(str(tiny_model)), chat_template=template)
+            keys.add(Preparation(encoder, cache=tmp_path)(Source(str(file))).blocks[0].parent.name)
+    assert len(keys) == 3
+
+
+def test_kinds_are_compared_over_blocks(encoder: CompletionTokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    pairs = [{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(64)]
+    file.write_text("".join(json.dumps(x) + "\n" for x in [*map(row, range(64)), *pairs]), encoding="utf-8")
+    corpus = Corpus(Preparation(encoder, cache=tmp_path)(Source(str(file))).blocks)
+    assert corpus.files == [str(file)]
+    refusal = only_kind(corpus, np.arange(len(corpus)))
+    assert refusal is not None
+    assert refusal.records.tolist() == list(range(64, 128))

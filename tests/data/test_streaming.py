@@ -39,10 +39,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         asked[0] = 0
         return datasets.IterableDataset.from_generator(counted)
 
-    def write(path: Path, rows: list[Any], bad: list[Any]) -> None:
+    def write(path: Path, rows: list[Any], notes: Any) -> None:
         found.append((asked[0], written[0]))
         written[0] += len(rows)
-        write_block(path, rows, bad)
+        write_block(path, rows, notes)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     builder = SimpleNamespace(config_id="default", hash="abc")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from halos_pl.data.records import Origin, Paired, Record, Unpaired
-from halos_pl.data.store import Corpus, write_block
+from halos_pl.data.store import Corpus, Notes, write_block
 from halos_pl.data.tokenization import Encoded
 from halos_pl.data.views import Members, as_demonstrations, as_paired, as_unpaired, each_turn, only_kind
 
@@ -29,7 +29,7 @@ def corpus_of(tmp_path: Path) -> object:
     def make(*records: Record) -> Corpus:
         path = tmp_path / "0.arrow"
         ids = [Encoded([1], [[2, 9], [3, 4, 9]] if isinstance(x, Paired) else [[5, 9]]) for x in records]
-        write_block(path, list(zip(records, ids, strict=True)), [])
+        write_block(path, list(zip(records, ids, strict=True)), Notes([], []))
         return Corpus([path])
 
     return make

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
+from halos_pl.data.messages import listed
 from halos_pl.data.sources.rows import Rows, parsed
 
 
@@ -17,8 +17,7 @@ def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
             continue
         known = getattr(row, "header", row)  # the empty cells of a table are absent, but the column is there
         if absent := [x for x in columns.values() if x not in known]:
-            keys = ", ".join(map(str, known)) or "none"
-            wrong = f"no such column, the row's keys are: {keys}"
+            wrong = f"no such column, the row's keys are: {listed(known)}"
             yield origin, origin.error(absent[0], wrong, f"the columns {', '.join(columns.values())}")
             continue
         own = {key: row[column] for key, column in columns.items() if column in row}
@@ -38,9 +37,10 @@ def labelled(rows: Rows, low: float, high: float) -> Rows:
             yield origin, row
             continue
         score = row.get("score")
-        if isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score):
-            wrong = f"got {score!r}" if "score" in row else "missing"
-            yield origin, origin.error("score", wrong, "a number in every row, as `threshold` makes labels of it")
+        if isinstance(score, bool) or not isinstance(score, int | float) or score != score:
+            expected = "a number in every row, as `threshold` makes labels of it"
+            there = "score" in row
+            yield origin, origin.got("score", score, expected) if there else origin.error("score", "missing", expected)
         elif score > high or (score == high and high > low):
             yield origin, {**row, "label": True}
         elif score <= low:

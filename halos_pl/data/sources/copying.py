@@ -17,8 +17,8 @@ from halos_pl.data.sources.tables import records
 from halos_pl.nano.shipped import generated
 
 
-def copy_rows(source: Source, wanted: Collection[tuple[str, int]], out: BinaryIO) -> int:
-    """Write rows of a source, in its order, and return how many were found.
+def copy_rows(source: Source, wanted: Collection[tuple[str, int]], out: BinaryIO) -> set[tuple[str, int]]:
+    """Write rows of a source, in its order, and return those that were found.
 
     A line of JSONL, and a record of CSV or TSV, is written bit for bit with its line ending (a last line that has none
     gets one); a row of anything else becomes a line of JSON.
@@ -31,11 +31,11 @@ def copy_rows(source: Source, wanted: Collection[tuple[str, int]], out: BinaryIO
     Raises:
         DataError: as `read_rows`.
     """
-    rows, found = frozenset(wanted), 0
+    rows, found = frozenset(wanted), set[tuple[str, int]]()
     for file, number, content in _contents(source, {file for file, _ in rows}):
         if (file, number) in rows:
             out.write(content if content.endswith(b"\n") else content + b"\n")
-            found += 1
+            found.add((file, number))
     return found
 
 

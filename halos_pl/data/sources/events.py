@@ -1,7 +1,7 @@
 """Events of a feedback log as rows: the last of each id, in the schema of `parse_record`.
 
-The format and how to append to it stand in `halos_pl.feedback_log`. A service may be writing the file that is read: its
-reader takes `snapshot_size` of the open file once, and stops there, so that it never sees half a line.
+The format and how to append to it stand in `halos_pl.feedback_log`. A service may be writing the file that is read: it
+is read up to its size at opening, and the reader `events` leaves out a last line that is torn.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from halos_pl.data.labels import misspelt
 from halos_pl.data.messages import listed
 from halos_pl.data.records import DataError, Origin, nearest
 from halos_pl.data.sources.rows import Rows
-from halos_pl.feedback_log import VERSION, snapshot_size
-
-__all__ = ["read", "snapshot_size"]
+from halos_pl.feedback_log import VERSION
 
 KINDS = ("feedback", "retraction")
 KEPT = ("prompt", "completion", "label", "score", "tools")

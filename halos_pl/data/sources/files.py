@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from halos_pl.data.messages import listed
 from halos_pl.data.records import DataError, DataWarning
 from halos_pl.data.sources.formats import EXPECTED, extension, read_file
 from halos_pl.data.sources.rows import Rows, head, parsed
@@ -43,12 +44,17 @@ def read(path: Path, split: str | None = None, *, alias: str | None = None, key:
 
 def members(path: Path) -> list[Path]:
     """The files that a path stands for, in the order in which they are read."""
-    if not path.is_dir():
-        return [path]
+    try:
+        return _data(path) if path.is_dir() else [path]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _data(path: Path) -> list[Path]:
     names = sorted(x for x in path.iterdir() if not x.name.startswith("."))
     if not (data := [x for x in names if extension(x)]):
-        has = ", ".join(x.name for x in names[:10]) or "nothing"
-        raise DataError(f"{path}: no data in this folder, it has: {has}; expected {EXPECTED}")
+        has = f"it has: {listed(x.name for x in names)}" if names else "it is empty"
+        raise DataError(f"{path}: no data in this folder, {has}; expected {EXPECTED}")
     for file in data:
         if not file.is_file():
             what = "a folder" if file.is_dir() else "no regular file" if file.exists() else "a link to nothing"
@@ -107,7 +113,7 @@ class _Splits:
                 yield origin, row
 
     def finish(self, path: Path) -> None:
-        values = ", ".join(map(repr, self.seen)) or f"none (no row has a `{self.key}` field)"
+        values = listed(map(repr, self.seen)) if self.seen else f"none (no row has a `{self.key}` field)"
         if not self.found:
             raise DataError(f"{path}: no row of split {self.split!r}; the splits there are: {values}")
         if self.split is None and len(self.seen) > 1:

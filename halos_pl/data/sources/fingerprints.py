@@ -12,10 +12,8 @@ from halos_pl.data.sources.archives import BLOCK, Snapshot
 from halos_pl.data.sources.hub import Place
 from halos_pl.data.sources.reading import resolve
 from halos_pl.data.sources.source import Source
-from halos_pl.nano import wishes
+from halos_pl.nano import grammar, wishes
 from halos_pl.nano.shipped import TEXTS
-
-VERSION = 1  # of the readers: another one where they make other rows of the same bytes
 
 
 def fingerprint(source: Source) -> str:
@@ -30,7 +28,7 @@ def fingerprint(source: Source) -> str:
     place = resolve(source)
     columns = sorted((source.columns or {}).items())
     limit = source.limit if source.streaming else None
-    how = [VERSION, source.reader, source.split, columns, source.bounds, limit]
+    how = [source.reader, source.split, columns, source.bounds, limit]
     digest = blake2b(json.dumps(how).encode(), digest_size=16)
     if isinstance(place, Path):
         for file in files.members(place):
@@ -38,7 +36,7 @@ def fingerprint(source: Source) -> str:
     elif isinstance(place, Place):
         digest.update(f"{place} {place.arguments} {hub.fingerprint(place)}".encode())
     else:
-        code = Path(wishes.__file__).read_bytes()
+        code = b"".join(Path(x).read_bytes() for x in (grammar.__file__, wishes.__file__))
         digest.update(f"{place} {TEXTS}".encode() + code)
     return digest.hexdigest()
 

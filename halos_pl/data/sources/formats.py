@@ -9,6 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from halos_pl.data.messages import brief
 from halos_pl.data.records import DataError, Origin
 from halos_pl.data.sources.archives import COMPRESSIONS, UNREADABLE, opened
 from halos_pl.data.sources.rows import Rows, loads, parsed
@@ -54,14 +55,20 @@ def lines(file: Path) -> Iterator[tuple[int, bytes | DataError]]:
     """Lines with their endings, numbered from 1; a DataError stands for one that is too long."""
     with opened(file) as stream:
         for number, line in enumerate(iter(partial(stream.readline, MAX_LINE + 1), b""), 1):
-            yield number, line if len(line) <= MAX_LINE else _too_long(Origin(str(file), number), line, stream)
+            if len(line) <= MAX_LINE:
+                yield number, line
+            else:
+                _skip(line, stream)
+                yield number, too_long(Origin(str(file), number))
 
 
-def _too_long(origin: Origin, line: bytes, stream: BufferedReader[Any]) -> DataError:
+def too_long(origin: Origin) -> DataError:
+    return DataError(f"{origin}: a line of more than {MAX_LINE >> 20} MiB; expected one row", origin=origin)
+
+
+def _skip(line: bytes, stream: BufferedReader[Any]) -> None:
     while line and not line.endswith(b"\n"):
         line = stream.readline(MAX_LINE)
-    wrong = f"a line of more than {MAX_LINE >> 20} MiB; expected one row"
-    return DataError(f"{origin}: {wrong}", origin=origin)
 
 
 def is_lines(file: Path) -> bool:
@@ -117,16 +124,27 @@ def count_parquet(file: Path) -> int:
 
 @contextmanager
 def _table(file: Path) -> Iterator[Any]:
+    """An open Parquet file.
+
+    Raises:
+        DataError: it cannot be read; also for what its consumer finds: text that is not UTF-8, values that Python has
+            not (a date after the year 9999).
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with opened(file):  # a regular file that can be read, or the reason why not
             pass
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    try:
         with pq.ParquetFile(file) as table:
             yield table
-    except pa.ArrowException as error:
-        raise DataError(f"{file}: not Parquet: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        zone = "zoneinfo" in str(error)  # Arrow asks to install what is there
+        why = "a time zone that is not known here" if zone else brief(" ".join(str(error).split()))
+        raise DataError(f"{file}: not Parquet that can be read: {why}") from error
 
 
 def _separated(file: Path) -> Numbered:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import re
+import reprlib
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from halos_pl.data.sources.readers import READERS, Recipe
 from halos_pl.nano.shipped import SCHEME
 
 KEYS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label", "score", "tools", "split")
+MAX_WEIGHT = 1_000_000_000
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,11 @@ class Source:
             raise ValueError(f"reader: {self.reader!r}{nearest(self.reader, READERS)}; expected {', '.join(READERS)}")
         if self.path is None and self.recipe.hub is None:
             raise ValueError(f"path: null, but the reader {self.reader!r} has no hub dataset of its own; expected one")
-        if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
+        whole = isinstance(self.limit, int) and not isinstance(self.limit, bool)
+        if self.limit is not None and not (whole and self.limit >= 1):
             raise ValueError(f"limit: {self.limit!r}; expected at least 1 row, or null for all")
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"weight: {self.weight!r}; expected a number above 0")
+        if not 0 < self.weight <= MAX_WEIGHT:
+            raise ValueError(f"weight: {reprlib.repr(self.weight)}; expected a number above 0, up to {MAX_WEIGHT:,}")
         if self.streaming and (self.is_shipped or self.is_local):
             raise ValueError(f"streaming: true, but {self.path} is no hub dataset; local rows are never loaded whole")
         _ = self.bounds
@@ -89,12 +94,12 @@ class Source:
         if self.threshold is None:
             return None
         given = self.threshold if isinstance(self.threshold, list | tuple) else [self.threshold]
-        numbers = [x for x in given if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)]
+        numbers = [x for x in given if isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= LARGEST]
         if len(numbers) != len(given) or len(given) not in (1, 2):
-            raise ValueError(f"threshold: {self.threshold!r}; expected a number, or two as [low, high]")
+            raise ValueError(f"threshold: {reprlib.repr(self.threshold)}; expected a number, or two as [low, high]")
         low, high = float(numbers[0]), float(numbers[-1])
         if len(numbers) == 2 and not low < high:
-            raise ValueError(f"threshold: {self.threshold!r}; expected low < high (or one number)")
+            raise ValueError(f"threshold: {reprlib.repr(self.threshold)}; expected low < high (or one number)")
         return low, high
 
     def _check_columns(self) -> None:
@@ -128,6 +133,14 @@ def exists(path: str) -> bool:
 
 
 def _named(name: str) -> Source:
+    if name.lstrip().startswith("{"):  # what the command line could not take for a Source
+        found = re.findall(r"[{,]\s*[\"']?(\w+)[\"']?\s*:", name)
+        wrong = next((x for x in found if x not in Source.__dataclass_fields__), None)
+        near = nearest(wrong, Source.__dataclass_fields__) if wrong else ""
+        keys = ", ".join(Source.__dataclass_fields__)
+        raise ValueError(
+            f"{name!r}: {repr(wrong) + ' is' if wrong else 'it has'} no key of a source{near}; expected {keys}"
+        )
     if name in READERS and READERS[name].hub is not None and not exists(name):
         return Source(reader=name)
     return Source(path=name)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from halos_pl.data.records import DataError
+from halos_pl.data.messages import brief, listed
+from halos_pl.data.records import DataError, Origin
 from halos_pl.data.sources import formats
 from halos_pl.data.sources.columns import number
 from halos_pl.data.sources.rows import loads
@@ -50,7 +51,7 @@ def read_table(file: Path, separator: str) -> Iterator[tuple[int, object]]:
         elif header is None:
             header = _header(fields, file, separator)
         elif len(fields) != len(header):
-            wrong = f"{len(fields)} fields; expected {len(header)}: {', '.join(header)}"
+            wrong = f"{len(fields)} fields; expected {len(header)}: {listed(header)}"
             yield line, DataError(f"{file}:{line}: {wrong}")
         else:
             if structured is None:
@@ -64,8 +65,7 @@ def records(file: Path, separator: str) -> Iterator[Raw]:
     source = _Lines(file)
     reader = csv.reader(source, delimiter=separator, strict=True)
     while True:
-        source.taken.clear()
-        start = source.number + 1
+        start = source.begin()
         fields: list[str] | DataError
         try:
             fields = next(reader)
@@ -81,25 +81,31 @@ def records(file: Path, separator: str) -> Iterator[Raw]:
 
 
 class _Lines(Iterator[str]):
-    """Decoded lines for the csv module; `taken` has the bytes of those since it was last emptied."""
+    """Decoded lines for the csv module; `taken` has the bytes of those since `begin`, as of one record."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.number = 0
+        self.number = self.start = 0
         self.taken: list[bytes] = []
-        self._size = 0
         self._lines = formats.lines(file)
+
+    def begin(self) -> int:
+        """Begin a record: where it starts."""
+        self.taken.clear()
+        self.start = self.number + 1
+        return self.start
 
     def __next__(self) -> str:
         self.number, line = next(self._lines)
         if isinstance(line, DataError):
-            raise line
+            raise formats.too_long(Origin(str(self.file), self.start))
         self.taken.append(line)
         try:
             text = line.removeprefix(formats.BOM if self.number == 1 else b"").decode()
         except UnicodeDecodeError as error:
-            wrong = f"byte {error.start + 1}: not UTF-8 ({error.reason}); expected a record of fields"
-            raise DataError(f"{self.file}:{self.number}: {wrong}") from error
+            byte = sum(map(len, self.taken[:-1])) + error.start + 1
+            wrong = f"byte {byte}: not UTF-8 ({error.reason}); expected a record of fields"
+            raise DataError(f"{self.file}:{self.start}: {wrong}") from error
         return text
 
 
@@ -108,7 +114,7 @@ def _reason(error: csv.Error) -> str:
         return "a carriage return outside of quotes"
     if "unexpected end of data" in str(error):
         return "a quote that is never closed"
-    return str(error)
+    return brief(str(error))
 
 
 def _header(fields: list[str], file: Path, separator: str) -> list[str]:
@@ -117,7 +123,7 @@ def _header(fields: list[str], file: Path, separator: str) -> list[str]:
     if len(names) == 1 and (other := next((x for x in ",;\t|" if x != separator and x in names[0]), None)):
         raise DataError(f"{file}:1: one column, {names[0][:80]!r}, separated by {other!r}? expected {separator!r}")
     if any(not x or len(x) > LONGEST_NAME or "\n" in x for x in names):
-        raise DataError(f"{file}:1: no header: {', '.join(x[:20] for x in names)!r}; expected {expected}")
+        raise DataError(f"{file}:1: no header: {listed(names)}; expected {expected}")
     if twice := next((x for i, x in enumerate(names) if x in names[:i]), None):
         raise DataError(f"{file}:1: two columns are named {twice!r}; expected {expected}")
     return names

@@ -24,15 +24,16 @@ def test_columns_take_our_names_and_the_rest_stays(tmp_path):
 
 
 def test_a_row_without_the_column_is_named(tmp_path):
-    rows = [{"question": "q", "completion": "a"}, {"query": "q", "completion": "a"}, 3]
+    rows = [{"question": "q", "completion": "a"}, {"query": "q", "completion": "a"}, 3, {"k" * 99: 1}]
     one = source(tmp_path / "a.jsonl", rows, columns={"prompt": "question"})
-    first, second, third = (row for _, row in read_rows(one))
+    first, second, third, *rest = (row for _, row in read_rows(one))
     assert first == {"prompt": "q", "completion": "a"}
     assert str(second) == (
         f"{tmp_path / 'a.jsonl'}:2: question: no such column, the row's keys are: query, completion; "
         "expected the columns question"
     )
     assert third == 3
+    assert f"the row's keys are: {'k' * 40}…; expected" in str(rest[0])
 
 
 def test_columns_go_before_the_reader_and_name_the_split(tmp_path):
@@ -70,9 +71,20 @@ def test_thresholds_make_labels_of_scores(tmp_path, threshold, labels):
 def test_a_threshold_needs_scores(tmp_path, score):
     row = {"prompt": "p", "completion": "c", "score": score}
     ((_, error),) = read_rows(source(tmp_path / "a.jsonl", [row], threshold=0.5))
-    assert f"{tmp_path / 'a.jsonl'}:1: score: got {score!r}; expected a number in every row" in str(error)
+    assert (
+        f"{tmp_path / 'a.jsonl'}:1: score: got {score!r} ({type(score).__name__}); expected a number in every row"
+        in str(error)
+    )
     ((_, error),) = read_rows(source(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}], threshold=0.5))
     assert "score: missing; expected a number in every row" in str(error)
+
+
+def test_a_score_beyond_floats_is_above_every_threshold_and_left_to_be_refused(tmp_path):
+    row = {"prompt": "p", "completion": "c", "score": 10**400}
+    one = source(tmp_path / "a.jsonl", [row], threshold=0.5)
+    assert [row["label"] for _, row in read_rows(one)] == [True]
+    with pytest.raises(DataError, match=r"a.jsonl:1: score: got 10{17}\.\.\.0{19} \(int\); expected a number within"):
+        load_records(one)
 
 
 def test_a_cell_that_is_no_number_has_no_label(tmp_path):

@@ -16,8 +16,9 @@ ROWS = [{"prompt": f"p{i}é", "completion": f"c{i}"} for i in range(4)]
 def copied(source, *rows):
     source = source if isinstance(source, Source) else Source(str(source))
     out = io.BytesIO()
-    count = copy_rows(source, set(rows), out)
-    return count, out.getvalue()
+    found = copy_rows(source, set(rows), out)
+    assert found <= set(rows)
+    return len(found), out.getvalue()
 
 
 def test_lines_are_copied_bit_for_bit(tmp_path):
@@ -28,6 +29,7 @@ def test_lines_are_copied_bit_for_bit(tmp_path):
     assert copied(path, (name, 1), (name, 3), (name, 4)) == (3, lines[0] + lines[2] + lines[3])
     assert copied(path, (name, 5)) == (1, lines[4] + b"\n")
     assert copied(path, (name, 9), ("other", 1)) == (0, b"")
+    assert copy_rows(Source(name), [(name, 3), (name, 9)], io.BytesIO()) == {(name, 3)}
 
 
 def test_lines_without_ending_do_not_run_together(tmp_path):

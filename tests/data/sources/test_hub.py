@@ -115,7 +115,7 @@ def test_the_fingerprint_changes_with_the_data(folder, monkeypatch):
 
 def test_rows_of_the_hub_are_copied_as_json(asked, tmp_path):
     with (tmp_path / "out").open("wb") as out:
-        assert copy_rows(Source("org/name"), {("org/name[train]", 2), ("other", 1)}, out) == 1
+        assert copy_rows(Source("org/name"), {("org/name[train]", 2), ("other", 1)}, out) == {("org/name[train]", 2)}
     assert [json.loads(x) for x in (tmp_path / "out").read_text().splitlines()] == [ROWS[1]]
 
 

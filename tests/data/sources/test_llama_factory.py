@@ -79,6 +79,7 @@ def test_tools():
     ("row", "says"),
     [
         ({"output": "x"}, "instruction: missing"),
+        ({"x" * 99: "x"}, f"instruction: missing, the row's keys are: {'x' * 40}…; expected this key"),
         ({"instruction": "x"}, "output: missing"),
         ({"instruction": "x", "chosen": "y"}, "rejected: missing"),
         ({"instruction": "x", "output": 3}, "output: got 3"),
@@ -96,6 +97,11 @@ def test_tools():
             "conversations[1]: got {'from': 'gpt'} (dict); expected {from,",
         ),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "conversations[0]: not JSON"),
+        ({"conversations": [{"from": "function_call", "value": "[" * 200_000}]}, "conversations[0]: not JSON"),
+        (
+            {"conversations": [{"from": "x" * 99, "value": "x"}]},
+            "conversations[0]: unknown speaker 'xxxxxxxxxxxx...xxx",
+        ),
         ({"conversations": [{"from": "function_call", "value": "[]"}]}, "conversations[0]: got '[]'"),
         ({"conversations": [{"from": "function_call", "value": '{"name": 3}'}]}, "conversations[0]: got"),
         ({"conversations": CHAT[:1], "chosen": 3, "rejected": "x"}, "chosen: got 3"),

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -235,6 +236,18 @@ def test_links_folders_and_pipes_named_like_data(tmp_path):
     os.mkfifo(data / "c.parquet")
     with pytest.raises(DataError, match="not a regular file"):
         load_records(str(data / "c.parquet"))
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tmp_path), "iterdir", Mock(side_effect=PermissionError("forbidden")))
+    with pytest.raises(DataError, match=rf"^{tmp_path}: cannot be read: forbidden"):
+        load_records(str(tmp_path))
+
+
+def test_many_and_long_splits_are_not_all_listed(tmp_path):
+    path = written(tmp_path / "a.jsonl", [ROWS[0] | {"split": f"{i}" * 99} for i in range(30)])
+    with pytest.raises(DataError, match=r"the splits there are: '0{39}…, .* and 10 more$"):
+        load_records(str(path), "dev")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -96,6 +96,12 @@ def test_a_rank_that_is_not_a_number_is_none():
     assert pairs([{**x, "rank": float("nan") if x["rank"] is None else x["rank"]} for x in TREE]) == pairs(TREE)
 
 
+def test_a_rank_beyond_floats_is_one():
+    assert pairs([{**x, "rank": 10**400 if x["rank"] == 2 else x["rank"]} for x in TREE]) == pairs(
+        [{**x, "rank": 3 if x["rank"] == 2 else x["rank"]} for x in TREE]
+    )
+
+
 def test_ranked_prompts_are_no_replies():
     rows = [TREE[0], TREE[2], message("p8", "a2", "x", 0), message("p9", "a2", "y", 1)]
     assert pairs(rows) == []

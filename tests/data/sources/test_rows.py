@@ -31,6 +31,7 @@ def test_parsed_gives_objects_and_leaves_everything_else():
     [
         (b"{", "a.jsonl:7: column 2: Expecting property name"),
         (b'{"a": 1, "b": {"c": [{"d": 1, "e": 2, "d": 1}]}}', "the key 'd' stands twice in one object"),
+        (b'{"%s": 1, "%s": 2}' % (b"k" * 999, b"k" * 999), "the key 'kkkkkkkkkkkk...kkkkkkkkkkkkk' stands twice"),
         (b'{"a": NaN}', "NaN is no JSON number"),
         (b'{"a": [Infinity]}', "Infinity is no JSON number"),
         (b'{"a": ' + b"9" * 5000 + b"}", "a.jsonl:7: Exceeds the limit"),

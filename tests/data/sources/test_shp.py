@@ -1,6 +1,7 @@
 """Stanford Human Preferences, rows of the true schema."""
 
 import json
+import math
 
 import pytest
 
@@ -74,6 +75,10 @@ def test_held_out_pairs_are_all():
         ((3, -2), True),
         ((-1, -8), False),
         ((7, 7), False),
+        ((10**400, 3), True),
+        ((10**400, 0.5), True),
+        ((10**400, 10**400 - 1), False),
+        ((math.inf, math.inf), False),
         ((199, 100), False),
     ],
 )

@@ -83,7 +83,7 @@ def test_a_first_cell_that_is_text_keeps_its_column_text(tmp_path):
         ('"a"b,c', "2: ',' expected after '\"'; expected a record of fields in CSV's quoting"),
         ("a\rb,c", "2: a carriage return outside of quotes"),
         (b"a,\xff", "2: byte 3: not UTF-8 (invalid start byte); expected a record of fields"),
-        (b'"a\nb","\xff"', "3: byte 5: not UTF-8 (invalid start byte); expected a record of fields"),
+        (b'"a\nb","\xff"', "2: byte 8: not UTF-8 (invalid start byte); expected a record of fields"),
     ],
 )
 def test_bad_records_are_named_and_the_next_ones_read(tmp_path, line, says):
@@ -95,6 +95,11 @@ def test_bad_records_are_named_and_the_next_ones_read(tmp_path, line, says):
     else:
         assert got[0][0] == 2
         assert str(got[0][1]).startswith(f"{tmp_path / 'a.csv'}:{says}")
+
+
+def test_a_tab_is_escaped_in_what_is_said_of_a_record(tmp_path):
+    ((_, error),) = rows(tmp_path / "a.tsv", 'prompt\tcompletion\n"a"b\tc\n')
+    assert "a.tsv:2: '\\t' expected after" in str(error)
 
 
 def test_a_quote_that_is_never_closed(tmp_path):
@@ -110,6 +115,8 @@ def test_large_cells_up_to_the_limit(tmp_path, monkeypatch):
     got = rows(tmp_path / "b.csv", f"prompt,completion\np,{big * 4}\nq,r\n")
     assert "b.csv:2: a line of more than 1 MiB" in str(got[0][1])
     assert got[1] == (3, {"prompt": "q", "completion": "r"})
+    got = rows(tmp_path / "c.csv", f'prompt,completion\n"p\n{big * 4}",c\nq,r\n')
+    assert "c.csv:2: a line of more than 1 MiB" in str(got[0][1])
 
 
 @pytest.mark.parametrize(
@@ -119,6 +126,7 @@ def test_large_cells_up_to_the_limit(tmp_path, monkeypatch):
         ("\n\n", "no rows in this file"),
         ("prompt,completion\n", "no rows in this file"),
         ("prompt,,completion\na,b,c\n", "1: no header"),
+        ("prompt,a\tb\x1b," + "c," * 99, r"1: no header: prompt, 'a\\tb\\x1b', (c, ){17}c and 82 more; expected"),
         ("prompt,prompt\na,b\n", "1: two columns are named 'prompt'"),
         ("prompt, prompt\na,b\n", "1: two columns are named 'prompt'"),
         (f"{'word ' * 20},yes\na,b\n", "1: no header"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from halos_pl.data.messages import listed
 from halos_pl.data.records import DataError
 from halos_pl.data.sources.readers import hh, llama_factory
 from halos_pl.data.sources.rows import Rows, head
@@ -36,9 +37,8 @@ def read(rows: Rows) -> Rows:
         yield from llama_factory.read(rows)
     elif (name := _named(first)) is not None:
         file = next(rows)[0].file
-        keys = ", ".join(map(str, first))
         raise DataError(
-            f"{file}: its rows are of a kind that the reader {name!r} reads (their keys are: {keys}); "
+            f"{file}: its rows are of a kind that the reader {name!r} reads (their keys are: {listed(first)}); "
             f"expected it to be named, as in {{path: {file}, reader: {name}}}"
         )
     else:

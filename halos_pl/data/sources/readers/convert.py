@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from halos_pl.data.messages import brief, listed
 from halos_pl.data.records import DataError, Origin, nearest
 from halos_pl.data.sources.rows import Rows, parsed
 
@@ -45,8 +46,8 @@ def text(row: Row, key: str, origin: Origin) -> str:
 
 def required(row: Row, key: str, origin: Origin) -> Any:
     if row.get(key) is None:
-        keys = ", ".join(map(str, row)) or "none"
-        raise origin.error(key, f"missing{nearest(key, map(str, row))}, the row's keys are: {keys}", "this key")
+        wrong = f"missing{nearest(key, map(str, row))}, the row's keys are: {listed(row)}"
+        raise origin.error(key, wrong, "this key")
     return row[key]
 
 
@@ -64,4 +65,4 @@ def single_spaced(content: str) -> str:
 
 
 def got(value: object) -> str:
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+    return f"{brief(reprlib.repr(value))} ({type(value).__name__})"

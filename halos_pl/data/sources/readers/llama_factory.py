@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from halos_pl.data.records import Origin, nearest
+from halos_pl.data.records import Origin
 from halos_pl.data.sources.readers.convert import Row, assistant, each, got, required, text, user
 
 SPEAKERS = {
@@ -76,8 +76,7 @@ def _message(value: object, key: str, origin: Origin) -> dict[str, Any]:
     if not isinstance(speaker, str) or not isinstance(content, str):
         raise origin.error(key, f"got {got(value)}", "{from, value} or {role, content}")
     if speaker not in SPEAKERS:
-        wrong = f"unknown speaker {speaker!r}{nearest(speaker.lower(), SPEAKERS)}"
-        raise origin.error(key, wrong, f"one of {', '.join(SPEAKERS)}")
+        raise origin.unknown(key, "speaker", speaker, SPEAKERS)
     if speaker in ("function_call", "function"):
         return {"role": "assistant", "content": "", "tool_calls": _calls(content, key, origin)}
     return {"role": SPEAKERS[speaker], "content": content}
@@ -86,7 +85,7 @@ def _message(value: object, key: str, origin: Origin) -> dict[str, Any]:
 def _calls(content: str, key: str, origin: Origin) -> list[dict[str, Any]]:
     try:
         calls = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise origin.error(key, f"not JSON: {error}", "a function call {name, arguments}") from error
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(x, dict) and isinstance(x.get("name"), str) for x in calls):

@@ -12,6 +12,7 @@ those whose parent is in no row. An id that stands twice, and a thread that come
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def read(rows: Rows) -> Rows:
         try:
             row = mapping(line, origin)
             if (name := text(row, "message_id", origin)) in messages:
-                raise origin.error("message_id", f"{name!r} stands twice", "ids that are unique")
+                raise origin.error("message_id", f"{reprlib.repr(name)} stands twice", "ids that are unique")
             messages[name] = _message(row, origin)
         except DataError as error:
             yield origin, error
@@ -71,7 +72,8 @@ def _message(row: Row, origin: Origin) -> _Message | None:
     if not (parent is None or isinstance(parent, str)):
         raise origin.error("parent_id", f"got {got(parent)}", "a string, or null for the first message")
     rank = None if rank != rank else rank  # NaN is how pandas writes null
-    if isinstance(rank, bool) or not (rank is None or (isinstance(rank, int | float) and float(rank).is_integer())):
+    whole = rank.is_integer() if isinstance(rank, float) else isinstance(rank, int) and not isinstance(rank, bool)
+    if rank is not None and not whole:
         raise origin.error("rank", f"got {got(rank)}", "a whole number, 0 for the best, or null")
     foreign = row.get("lang") not in (None, LANGUAGE)
     if foreign or row.get("deleted") is True or row.get("review_result") is False:
@@ -97,7 +99,7 @@ def _thread(
     at: str | None = name
     while at is not None:
         if at in passed:
-            raise origin.error("parent_id", f"the thread comes back to {at!r}", "a tree of messages")
+            raise origin.error("parent_id", f"the thread comes back to {reprlib.repr(at)}", "a tree of messages")
         passed.add(at)
         if (message := messages.get(at)) is None:
             if at not in messages:

@@ -18,7 +18,7 @@ from halos_pl.data.records import DataError, Origin
 from halos_pl.data.sources.readers.convert import assistant, got, mapping, required, single_spaced, text, user
 from halos_pl.data.sources.rows import Rows
 
-MIN_RATIO = 2.0
+MIN_RATIO = 2
 MAX_PAIRS = 5  # of a post
 SEED = 0
 
@@ -29,7 +29,7 @@ class _Pair:
     first: str  # A
     second: str  # B
     prefers_first: bool
-    ratio: float
+    clear: bool
 
     def row(self, imitated: str | None) -> dict[str, Any]:
         """The pair as messages; `imitated` is the comment that SFT imitates, if it is one of the two."""
@@ -50,7 +50,7 @@ def read(rows: Rows) -> Rows:
     for origin, line in rows:
         pair = _pair(line, origin)
         if isinstance(pair, _Pair):
-            if pair.ratio < MIN_RATIO:
+            if not pair.clear:
                 continue
             posts.setdefault(pair.history, []).append(len(slots))
         slots.append((origin, pair))
@@ -101,16 +101,14 @@ def _pair(line: object, origin: Origin) -> _Pair | DataError:
             raise origin.error("labels", f"got {got(label)}", "1 where A is preferred, 0 where B is")
     except DataError as error:
         return error
-    return _Pair(history, first, second, bool(label), _ratio(*scores))
+    return _Pair(history, first, second, bool(label), _clear(*scores))
 
 
-def _ratio(one: float, other: float) -> float:
-    """How many times the lower score the higher one is.
+def _clear(one: float, other: float) -> bool:
+    """Whether the higher score is at least twice the lower one.
 
-    Any score above zero is infinitely more than one that is not; of two scores of which none is above zero, neither
-    says that its comment is good: 1.
+    Any score above zero is, of one that is not; of two scores of which none is above zero, neither says that its
+    comment is good.
     """
     low, high = min(one, other), max(one, other)
-    if low > 0:
-        return high / low
-    return float("inf") if high > 0 else 1.0
+    return high > 0 and high > low and high >= MIN_RATIO * low
