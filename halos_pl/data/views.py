@@ -5,6 +5,7 @@ A view names completions of a corpus by numbers; no text and no token is copied,
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -112,7 +113,8 @@ def as_unpaired(
     place = np.repeat(np.arange(len(records)), 1 + both)
     second = np.concatenate([[False], place[1:] == place[:-1]]) if len(place) else np.zeros(0, bool)
     if members == "one":
-        second = pair & ~_coin(corpus.row[records], seed)
+        second = np.zeros(len(records), bool)
+        second[pair] = ~_coin(corpus.row[records[pair]], seed)
     labels = np.where(pair[place], ~second, label[place]).astype(np.int8)
     found = Members(records[place], second.astype(np.int8), labels, score[place])
     return found, [x for x in refused if len(x.records)]
@@ -199,12 +201,9 @@ def _matches(corpus: Corpus, records: Index) -> tuple[Index, int]:
 
 
 def _coin(rows: Index, seed: int) -> Bools:
-    """Heads or tails of a row, by its number and the seed alone (the finaliser of splitmix64)."""
-    with np.errstate(over="ignore"):
-        z = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64((seed * 0xD1342543DE82EF95) % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) & np.uint64(1)).astype(bool)
+    """Heads or tails of each row, by its number and the seed alone."""
+    tosses = (random.Random(f"{seed}:{row}").random() < 0.5 for row in rows.tolist())
+    return np.fromiter(tosses, bool, len(rows))
 
 
 def only_kind(corpus: Corpus, records: Index) -> Refusal | None:

@@ -82,6 +82,9 @@ def test_one_member_of_a_pair_depends_on_seed_and_row_alone(seed: int, corpus_of
     one, _ = as_unpaired(corpus, every(corpus), members="one", seed=seed)
     assert one.record.tolist() == list(range(400))
     assert 160 < int((one.side == 1).sum()) < 240
+    assert one.label[:8].tolist() == [[0, 1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0, 0]][seed], (
+        "published runs saw these"
+    )
     assert ((one.side == 1) == (one.label == 0)).all()
     again, _ = as_unpaired(corpus, np.arange(100, 200), members="one", seed=seed)
     assert (again.side == one.side[100:200]).all()
