@@ -142,6 +142,13 @@ def numerics_lines() -> Iterator[str]:
     yield f"| the log-ratios' own spread | | {' | '.join(spreads)} |"
 
 
+def test_the_figures_of_the_preparation_are_what_was_measured() -> None:
+    preparation = importlib.import_module("benchmarks.preparation")
+    report = json.loads((ROOT / "benchmarks" / "results" / "preparation.json").read_text())
+    assert preparation.table(report) in README
+    assert preparation.missed(report) == []
+
+
 def test_the_figures_of_the_kernels_are_what_was_measured() -> None:
     for line in (*kernel_lines(), *numerics_lines()):
         assert line in README
