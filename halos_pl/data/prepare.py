@@ -8,23 +8,18 @@ process that was killed is followed by one that goes on; `complete.json`, writte
 from __future__ import annotations
 
 import atexit
-import gc
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -35,17 +30,15 @@ import transformers
 from filelock import FileLock, Timeout
 
 from halos_pl.data.progress import Progress
-from halos_pl.data.records import LISTED, BadRows, DataError, DataWarning, OnBadRow, Origin, Record, parse_record
-from halos_pl.data.sources import Source, count_rows, fingerprint, parsed, read_rows
-from halos_pl.data.store import Bad, Notes, notes_of, write_block
+from halos_pl.data.records import LISTED, BadRows, DataError, DataWarning, OnBadRow, Origin
+from halos_pl.data.sources import Source, count_rows, fingerprint, read_rows
+from halos_pl.data.store import Bad, Notes
 from halos_pl.data.tokenization import CompletionTokenizer
-from halos_pl.data.views import each_turn
+from halos_pl.data.writers import Pool, Writer, cores
 
 BLOCK = 8192  # rows of a source in a file
-CHUNK = 1024  # records tokenized at once
 LARGE = 50_000  # rows from which on several processes pay
 Turns = Literal["last", "all"]
-Rows = list[tuple[Origin, object]]
 
 
 @dataclass(frozen=True)
@@ -148,12 +141,12 @@ class Preparation:
 
     def _blocks(self, source: Source, folder: Path, rows: int | None) -> Iterator[Notes]:
         """Write the blocks of a source, in order, and tell what is to be said of each. The source is read once."""
-        write = _Writer(self.encoder, self.turns)
-        several = self.workers or _cores()
+        write = Writer(self.encoder, self.turns == "all")
+        several = self.workers or cores()
         first = 0 if self.workers or (rows or 0) >= LARGE else LARGE // BLOCK  # blocks until it counts as large
         content, number = read_rows(source, lazy=True), 0
         waiting: deque[Future[Notes]] = deque()
-        with _Pool(several, write) as pool:
+        with Pool(several, write) as pool:
             while block := list(islice(content, BLOCK)):
                 path = folder / _name(number)
                 number += 1
@@ -165,100 +158,6 @@ class Preparation:
                     yield pool.result(waiting.popleft())
             while waiting:
                 yield pool.result(waiting.popleft())
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """Tokenizes one block of rows into its file, in whatever process."""
-
-    encoder: CompletionTokenizer
-    turns: Turns
-
-    def __call__(self, path: Path, rows: Rows) -> Notes:
-        try:
-            return notes_of(path)
-        except OSError:  # it is not there, or not whole
-            pass
-        bad: list[Bad] = []
-        encoded = []
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", DataWarning)
-            records = self._records(rows, bad)
-            while chunk := list(islice(records, CHUNK)):
-                for record, ids in zip(chunk, self.encoder.encode_records(chunk), strict=True):
-                    if isinstance(ids, DataError):
-                        bad.append((record.origin.file, record.origin.row, str(ids)))
-                    else:
-                        encoded.append((record, ids))
-        order = {(origin.file, origin.row): i for i, (origin, _) in enumerate(rows)} if bad else {}
-        bad.sort(key=lambda x: order[x[:2]])
-        notes = Notes(bad, [str(x.message) for x in said if issubclass(x.category, DataWarning)])
-        write_block(path, encoded, notes)
-        return notes
-
-    def _records(self, rows: Rows, bad: list[Bad]) -> Iterator[Record]:
-        for origin, raw in rows:
-            try:
-                if isinstance(row := parsed(raw, origin), DataError):
-                    raise row
-                record = parse_record(row, origin)
-            except DataError as error:
-                bad.append((origin.file, origin.row, str(error)))
-                continue
-            yield from each_turn(record) if self.turns == "all" else (record,)
-
-
-class _Pool:
-    """Processes that begin with the first task. They are forked where the system can: nothing is imported anew."""
-
-    def __init__(self, workers: int, write: _Writer) -> None:
-        self.workers, self.write = workers, write
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    @cached_property
-    def _processes(self) -> ProcessPoolExecutor:
-        fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-        context = multiprocessing.get_context("fork" if fork else "spawn")
-        return ProcessPoolExecutor(self.workers, context, _begin, (os.getpid(), self.write))
-
-    def submit(self, path: Path, rows: Rows) -> Future[Notes]:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            return self._processes.submit(_write, path, rows)
-
-    def result(self, task: Future[Notes]) -> Notes:
-        try:
-            return task.result()
-        except BrokenProcessPool as error:
-            remedy = "if memory ran out, take fewer: --data.prepare_workers 1"
-            raise DataError(f"a process that tokenizes was killed; {remedy}") from error
-
-    def __exit__(self, *error: object) -> None:
-        if "_processes" in vars(self):
-            self._processes.shutdown(cancel_futures=True)
-
-
-_writers: list[_Writer] = []  # the one of this process
-
-
-def _write(path: Path, rows: Rows) -> Notes:
-    return _writers[0](path, rows)
-
-
-def _begin(parent: int, write: _Writer) -> None:
-    """In a process of its own: one core, no search for garbage among what was there before, an end with its parent."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.freeze()
-    _writers[:] = [write]
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _complete(folder: Path) -> dict[str, Any] | None:
@@ -287,10 +186,6 @@ _LIBRARIES = (transformers.__version__, tokenizers.__version__)
 
 def _name(block: int) -> str:
     return f"{block:06d}.arrow"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from halos_pl.data import prepare as module
-from halos_pl.data import tokenization
+from halos_pl.data import tokenization, writers
 from halos_pl.data.prepare import Preparation, Prepared
 from halos_pl.data.records import DataError, DataWarning
 from halos_pl.data.sources import Source
@@ -36,7 +36,7 @@ def row(i: int) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK", 64)
-    monkeypatch.setattr(module, "CHUNK", 10)
+    monkeypatch.setattr(writers, "CHUNK", 10)
 
 
 @pytest.fixture
@@ -178,12 +178,13 @@ WORKER = """
     import sys
     from pathlib import Path
     from halos_pl.data import prepare as module
+    from halos_pl.data import writers
     from halos_pl.data.prepare import Preparation
     from halos_pl.data.sources import Source
     from halos_pl.data.tokenization import CompletionTokenizer
     from halos_pl.data.tokenizers import load_tokenizer
 
-    module.BLOCK, module.CHUNK = 64, 10
+    module.BLOCK, writers.CHUNK = 64, 10
     file, model, cache, workers = sys.argv[1:]
     encoder = CompletionTokenizer(load_tokenizer(model), chat_template="plain")
     print("begin", flush=True)

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from halos_pl.batch import DataNeeds
-from halos_pl.data import AlignmentData
+from halos_pl.data import AlignmentData, writers
 from halos_pl.data import prepare as module
 from halos_pl.data.sources import Source
 from halos_pl.data.store import write_block
@@ -47,7 +47,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     builder = SimpleNamespace(config_id="default", hash="abc")
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, **options: builder)
-    monkeypatch.setattr(module, "write_block", write)
+    monkeypatch.setattr(writers, "write_block", write)
     monkeypatch.setattr(module, "BLOCK", 50)
     return found
 
