@@ -84,8 +84,7 @@ class Pool:
 
     @cached_property
     def _processes(self) -> ProcessPoolExecutor:
-        fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-        context = multiprocessing.get_context("fork" if fork else "spawn")
+        context = multiprocessing.get_context("fork" if _FORKS else "spawn")
         return ProcessPoolExecutor(self.workers, context, _begin, (os.getpid(), self.write))
 
     def submit(self, path: Path, rows: Rows) -> Future[Notes]:
@@ -105,6 +104,7 @@ class Pool:
             self._processes.shutdown(cancel_futures=True)
 
 
+_FORKS = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
 _writers: list[Writer] = []  # the one of this process
 
 
@@ -127,4 +127,7 @@ def _end_with(parent: int) -> None:
 
 
 def cores() -> int:
+    """How many processes pay; one where they are not forked: a script not made for that would run anew in each."""
+    if not _FORKS:
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
