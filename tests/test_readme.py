@@ -142,7 +142,8 @@ def numerics_lines() -> Iterator[str]:
     yield f"| the log-ratios' own spread | | {' | '.join(spreads)} |"
 
 
-def test_the_figures_of_the_preparation_are_what_was_measured() -> None:
+def test_the_figures_of_the_preparation_are_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
     preparation = importlib.import_module("benchmarks.preparation")
     report = json.loads((ROOT / "benchmarks" / "results" / "preparation.json").read_text())
     assert preparation.table(report) in README

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import preparation
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+@pytest.fixture
+def preparation(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.preparation")
+
+
+def run(preparation: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["preparation", *arguments])
     preparation.main()
 
 
-def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_run(
+    preparation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "report.json"
-    run(monkeypatch, "--rows", "50", "--trl-rows", "0", "--chat", "--gate", "--out", str(out))
+    run(preparation, monkeypatch, "--rows", "50", "--trl-rows", "0", "--chat", "--gate", "--out", str(out))
     report = json.loads(out.read_text())
     assert {job: x["rows"] for job, x in report["runs"].items()} == {"ours": 50, "ours, again": 50}
     assert 100 < report["runs"]["ours"]["peak_mib"] < 2048
@@ -26,7 +36,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "| ours, again | 50 |" in capsys.readouterr().out
 
 
-def test_the_gate() -> None:
+def test_the_gate(preparation: Any) -> None:
     def report(peak: float, again: float, ours: float) -> dict[str, object]:
         return {
             "runs": {
@@ -42,7 +52,7 @@ def test_the_gate() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--rows", "0"], ["--rows", "5", "--trl-rows", "6"]])
-def test_impossible_sizes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_sizes(preparation: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         preparation.parse(arguments)
     assert "--rows must be at least 1" in capsys.readouterr().err
@@ -50,6 +60,6 @@ def test_impossible_sizes(arguments: list[str], capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_million_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_million_rows(preparation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
-    run(monkeypatch, "--gate", "--out", str(tmp_path / "report.json"))
+    run(preparation, monkeypatch, "--gate", "--out", str(tmp_path / "report.json"))
