@@ -111,7 +111,8 @@ class HalosCLI(LightningCLI):
         sys.argv[1:] = own_defaults(sys.argv[1:])
         for option in ("--data.train", "--data.validation", "--data.test"):
             if sum(word.partition("=")[0] == option for word in sys.argv) > 1:
-                raise UsageError(f"{option} is given twice; several sources are a list: {option} '[a.jsonl, b.jsonl]'")
+                several = f"several sources are a list: {option} '[a.jsonl, b.jsonl]'"
+                rank_zero_only(print)(f"note: {option} is given twice, and the last one counts; {several}")
         try:
             super().parse_arguments(parser, args)
         except UsageError as error:

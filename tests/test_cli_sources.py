@@ -60,7 +60,6 @@ def test_a_name_stays_a_name(name: str, how: str, sources: dict[str, list[Source
         (["--data.train", '{"reader": "shpp"}'], "a source of data: reader: 'shpp' (did you mean 'shp'?)"),
         (["--data.train.reader", "shpp"], "a source of data: reader: 'shpp' (did you mean 'shp'?)"),
         (["--data.train.limt", "5"], "unknown key 'limt'; did you mean --data.test.limit or --data.train.limit or"),
-        (["--data.train", "a.jsonl", "--data.train", "b.jsonl"], "--data.train is given twice; several sources are a"),
         (
             ["--data.train.path", "a.csv", "--data.train.weight", "0"],
             "a source of data: weight: 0.0; expected a number",
@@ -74,3 +73,11 @@ def test_mistakes_in_a_source(
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert says in told
     assert not sources
+
+
+def test_the_last_of_two_counts_and_is_told(
+    sources: dict[str, list[Source]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*BASE, "--data.train", "a.jsonl", "--data.train", "b.jsonl"]) == 2
+    assert sources["train"] == [Source("b.jsonl")]
+    assert "note: --data.train is given twice, and the last one counts; several sources are" in capsys.readouterr().out
