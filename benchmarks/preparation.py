@@ -188,7 +188,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rows < 1 or not 0 <= options.trl_rows <= options.rows:
         parser.error("--rows must be at least 1, --trl-rows from 0 to that")
-    if options.trl_rows and importlib.util.find_spec("trl") is None:
+    if options.job is None and options.trl_rows and importlib.util.find_spec("trl") is None:
         parser.error("trl is not installed: pip install 'halos-pl[bench]', or measure ours alone: --trl-rows 0")
     return options
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -34,6 +35,13 @@ def test_a_small_run(
     assert 100 < report["runs"]["ours"]["peak_mib"] < 2048
     assert report["settings"]["format"] == "conversational"
     assert "| ours, again | 50 |" in capsys.readouterr().out
+
+
+def test_what_a_child_does_needs_no_trl(preparation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert preparation.parse(["--job", "ours", "--file", "rows.jsonl"]).file == "rows.jsonl"
+    with pytest.raises(SystemExit):
+        preparation.parse([])
 
 
 def test_the_gate(preparation: Any) -> None:

@@ -297,4 +297,4 @@ def test_processes_that_tokenize_change_nothing(
         found.append((rows_of, dataset.bad, dataset.report))
     assert found[0] == found[1]
     assert len(found[0][0]) == 48 * (1 + (turns == "all"))
-    assert [row for _, row in found[0][1]] == [21, 45]
+    assert [row for _, row, _ in found[0][1]] == [21, 45]

@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from halos_pl.data.sources import Source
 from halos_pl.losses import KTO
 from halos_pl.model_card import model_card
 from halos_pl.models import ModelSource, export_policy, load_model
@@ -117,7 +118,7 @@ def test_leavings_of_a_killed_export_do_not_enter_the_next(
 
 def test_the_card_has_valid_metadata_and_the_figures(tiny_model: Path) -> None:
     data: Any = SimpleNamespace(
-        datasets={"train": SimpleNamespace(report="96 rows: all of them")}, sources={"train": ("a: file.jsonl", None)}
+        datasets={"train": SimpleNamespace(report="96 rows: all of them")}, sources={"train": [Source("a: file.jsonl")]}
     )
     for policy, base in ((str(tiny_model), None), ("some-org/some-model", "some-org/some-model")):
         module = AlignmentModule(KTO(beta=0.3), policy=str(tiny_model))
