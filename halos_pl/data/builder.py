@@ -64,12 +64,12 @@ class DatasetBuilder:
             DataError: bad rows (unless skipped), rows of another view, or no y′ for some row.
         """
         prepared = [self.prepare(source) for source in sources]
-        corpora = [Corpus(x.blocks) for x in prepared]
-        corpus = corpora[0] if len(corpora) == 1 else Corpus([path for x in prepared for path in x.blocks])
+        corpus = Corpus([path for x in prepared for path in x.blocks])
+        counts = [sum(corpus.counts[path] for path in x.blocks) for x in prepared]
         named = ", ".join(x.name for x in sources)
         again = hold_out is not None and not training  # the same rows as those that are trained on
         bad = [] if again else [row for x in prepared for row in x.bad]
-        records = select(prepared, [len(x) for x in corpora], seed=self.seed, weighted=training)
+        records = select(prepared, counts, seed=self.seed, weighted=training)
         if hold_out is not None:
             mine = held_out(corpus, records, hold_out)
             records = records[~mine if training else mine]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -122,11 +123,13 @@ class AlignmentData(L.LightningDataModule):
         check_ranges(locals())
         self.sources: dict[Stage, list[Source]] = {
             "train": as_sources(train, train_split),
-            "validation": as_sources(
-                train if validation is None and validation_split else validation, validation_split
-            ),
-            "test": as_sources(train if test is None and test_split else test, test_split),
+            "validation": as_sources(validation, validation_split),
+            "test": as_sources(test, test_split),
         }
+        splits: dict[Stage, str | None] = {"validation": validation_split, "test": test_split}
+        for part, split in splits.items():
+            if split is not None and not self.sources[part]:  # another split of what is trained on; rows count once
+                self.sources[part] = [replace(x, weight=1.0) for x in as_sources(train, split)]
         refuse_weights(self.sources)
         self.sources["predict"] = self.sources["test"]
         if validation_share is not None:

@@ -58,7 +58,7 @@ def refuse_weights(sources: Mapping[Any, Sequence[Source]]) -> None:
     """ValueError for a weight where rows count once: of held-out and test rows."""
     for part in ("validation", "test"):
         for source in sources[part]:
-            if source.weight != 1 and source not in sources["train"]:
+            if source.weight != 1:
                 raise ValueError(
                     f"{part}: {source.name} has weight {source.weight}, which is for training; give a limit"
                 )

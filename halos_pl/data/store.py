@@ -1,7 +1,7 @@
 """Tokenized records on disk: Arrow files that are written once, whole, and read by mapping them into memory.
 
 A file holds the records of one block of a source's rows, with all their tokens: nothing is cut and no control added, so
-that lengths and labels may change without tokenizing again.
+that lengths may change, and labels be permuted, without tokenizing again.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class Corpus:
     """The tokenized records of some blocks, numbered through; tokens stay on disk until they are asked for.
 
     Attributes:
+        counts: records of each path.
         sizes: tokens of "prompt", "first" and "second", int32 [records] each.
         paired: bool [records].
         label: int8 [records]: 1, 0 or -1 for none.
@@ -129,7 +130,7 @@ class Corpus:
         self._tokens: dict[str, list[_Ragged]] = {name: [] for name in ("prompt", "first", "second")}
         columns: dict[str, list[Any]] = {name: [] for name in ("label", "score", "demonstration", "file", "row")}
         keys: dict[str, list[Any]] = {name: [] for name in (*self._tokens, "opening")}
-        counts = [0]
+        counts = []
         for path in self.paths:
             schema, batch = _open(path)
             counts.append(batch.num_rows)
@@ -143,7 +144,8 @@ class Corpus:
             names = [places.setdefault(name, len(places)) for name in json.loads(schema.metadata[b"files"])]
             columns["file"][-1] = np.array([*names, 0], np.int32)[columns["file"][-1]]
         self.files = list(places)
-        self._starts = np.cumsum(counts)
+        self._starts = np.cumsum([0, *counts])
+        self.counts = dict(zip(self.paths, counts, strict=True))
         self.sizes = {
             name: np.concatenate([np.empty(0, np.int32), *(np.diff(x.starts) for x in blocks)]).astype(np.int32)
             for name, blocks in self._tokens.items()

@@ -131,6 +131,14 @@ def test_a_conversation_is_held_out_whole(tiny_model: Path, tmp_path: Path) -> N
     assert len(begin[0] | begin[1]) == 40
 
 
+def test_a_split_of_what_is_trained_on_counts_once() -> None:
+    from halos_pl.data import AlignmentData
+
+    data = AlignmentData(train=Source("a.jsonl", weight=2.0), train_split="train", validation_split="test")
+    assert data.sources["train"] == [Source("a.jsonl", split="train", weight=2.0)]
+    assert data.sources["validation"] == [Source("a.jsonl", split="test")]
+
+
 def test_weights_of_rows_that_count_once_are_refused() -> None:
     from halos_pl.data import AlignmentData
 
