@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.trainer import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -30,6 +29,7 @@ from halos_pl.objective_choice import own_defaults
 from halos_pl.parser_errors import explain, of_a_source
 from halos_pl.quiet import quieten
 from halos_pl.run_folder import ENV, RunError, RunFolder, claim, find_checkpoint
+from halos_pl.run_parts import checkpoints, loggers
 
 TRAINER_DEFAULTS = {
     "num_sanity_val_steps": -1,  # all held-out rows: the state before training
@@ -165,9 +165,9 @@ class HalosCLI(LightningCLI):
                 callbacks.append(RunReport(folder))
                 self.evaluation.folder = folder / "samples"
                 if config.get("enable_checkpointing") is not False:
-                    callbacks += self._checkpoints(folder)
+                    callbacks += checkpoints(folder, best=bool(self.datamodule.sources["validation"]))
                 if "logger" in kwargs and config.get("logger") is not False:
-                    kwargs["logger"] = _loggers(folder)
+                    kwargs["logger"] = loggers(folder)
         kwargs["callbacks"] = callbacks
         try:
             return super().instantiate_trainer(**kwargs)
@@ -221,22 +221,6 @@ class HalosCLI(LightningCLI):
         if self.folder is not None:
             self.folder.release()
 
-    def _checkpoints(self, folder: Path) -> list[Callback]:
-        """The last state and, with held-out rows, the best one. Checkpoints are step-named, so that none is overwritten
-        in place."""
-        where = folder / "checkpoints"
-        last = ModelCheckpoint(
-            where,
-            filename="{step}",
-            save_last="link",
-            save_on_train_epoch_end=True,
-            save_on_exception=True,
-            enable_version_counter=False,
-        )
-        if not self.datamodule.sources["validation"]:
-            return [last]
-        return [last, ModelCheckpoint(where, "best-{step}", monitor="val/loss", save_on_train_epoch_end=False)]
-
     def after_fit(self) -> None:
         if self.config[self.subcommand].trainer.get("fast_dev_run"):
             told = "dry run: every row was read, a step and a validation ran, nothing was written"
@@ -289,10 +273,3 @@ def run(argv: list[str]) -> int:
     finally:
         os.environ.pop(ENV, None)
     return 0
-
-
-def _loggers(folder: Path) -> list[Any]:
-    """A run that goes on appends to its TensorBoard folder; CSVLogger would delete its rows, so it gets a new one."""
-    names = ("csv" if i == 1 else f"csv-{i}" for i in range(1, sys.maxsize))
-    free = next(name for name in names if not (folder / name).exists())
-    return [TensorBoardLogger(folder, name="", version="tensorboard"), CSVLogger(folder, name="", version=free)]

@@ -41,6 +41,7 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.schedule": {"halos_pl.models", "transformers"},
     "halos_pl.resume": {"halos_pl.models"},
     "halos_pl.run_folder": {"lightning"},
+    "halos_pl.run_parts": {"lightning"},
     "halos_pl.model_card": {"halos_pl", "halos_pl.data", "halos_pl.module", "yaml"},
     "halos_pl.evaluate": {
         *("halos_pl.batch", "halos_pl.data", "halos_pl.models", "halos_pl.module"),
