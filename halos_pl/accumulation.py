@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from halos_pl.parallel import local
+
 
 class StepMean:
     """Makes the gradient of an optimizer step that of Σ losses / Σ count, over its micro-batches and all ranks.
@@ -59,4 +61,5 @@ class StepMean:
             return
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)
+                grad = local(parameter.grad)
+                grad.mul_(factor.to(grad.dtype) if isinstance(factor, Tensor) else factor)

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from halos_pl.data import AlignmentData
 from halos_pl.evaluate import Evaluation
 from halos_pl.model_card import model_card
 from halos_pl.models import ModelError, export_policy
 from halos_pl.module import AlignmentModule
+from halos_pl.parallel import gathered
 
 Metrics = dict[str, float]
 
@@ -91,7 +93,13 @@ class RunReport(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.trained:
-            self._write(trainer, pl_module)
+            assert isinstance(pl_module, AlignmentModule)
+            assert pl_module.policy is not None
+            weights = None
+            if isinstance(pl_module.policy, FSDPModule):  # all ranks take part
+                weights = {k: x for k, x in gathered(pl_module.policy.lm.state_dict()) if x is not None}
+            self._write(trainer, pl_module, weights)
+            trainer.strategy.barrier("halos_pl.export")
         elif step := trainer.global_step:
             self._print(f"this run had ended at step {step}: raise --trainer.max_epochs or --trainer.max_steps")
         else:
@@ -108,14 +116,23 @@ class RunReport(L.Callback):
         self.console.print(text, soft_wrap=True)
 
     @rank_zero_only
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _write(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, weights: dict[str, Tensor] | None = None
+    ) -> None:
         data = getattr(trainer, "datamodule", None)
         assert isinstance(pl_module, AlignmentModule)
         assert isinstance(data, AlignmentData)
         assert pl_module.policy is not None
         card = model_card(pl_module, data, self.before, self.after, steps=trainer.global_step)
         made_here = pl_module.source.config is not None
-        export_policy(pl_module.policy.lm, data.sampling_tokenizer, self.folder / "policy", card, adopt_ids=made_here)
+        export_policy(
+            pl_module.policy.lm,
+            data.sampling_tokenizer,
+            self.folder / "policy",
+            card,
+            adopt_ids=made_here,
+            weights=weights,
+        )
         evaluation = next((x for x in _all(trainer) if isinstance(x, Evaluation)), None)
         if self.after:
             self.console.print(self.table())

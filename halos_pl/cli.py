@@ -19,9 +19,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl import losses
 from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport, Weighted, balance, describe
+from halos_pl.checkpoints import CheckpointError, Checkpoints, FolderIO
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.evaluate import Evaluation
+from halos_pl.fsdp import register
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 from halos_pl.nano.shipped import refuse_mixture
@@ -29,7 +31,7 @@ from halos_pl.objective_choice import own_defaults
 from halos_pl.parser_errors import explain, of_a_source
 from halos_pl.quiet import quieten
 from halos_pl.run_folder import ENV, RunError, RunFolder, claim, find_checkpoint
-from halos_pl.run_parts import checkpoints, loggers
+from halos_pl.run_parts import keep_earlier_config, loggers
 
 TRAINER_DEFAULTS = {
     "num_sanity_val_steps": -1,  # all held-out rows: the state before training
@@ -72,7 +74,10 @@ class _SavedConfig(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
         config.ckpt_path = None  # repeating the run begins at the beginning
-        self.parser.save(config, str(folder / "config.yaml"), skip_unset=False, overwrite=True)
+        text = self.parser.dump(config, skip_unset=False)
+        if told := keep_earlier_config(folder, text):
+            print("changed since this run began:", *told, sep="\n  ")
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
 class HalosCLI(LightningCLI):
@@ -104,6 +109,7 @@ class HalosCLI(LightningCLI):
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
         parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_class_arguments(Checkpoints, "checkpoints")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_seed")
 
@@ -165,10 +171,14 @@ class HalosCLI(LightningCLI):
                 callbacks.append(RunReport(folder))
                 self.evaluation.folder = folder / "samples"
                 if config.get("enable_checkpointing") is not False:
-                    callbacks += checkpoints(folder, best=bool(self.datamodule.sources["validation"]))
+                    callbacks.append(self._get(self.config_init, "checkpoints"))
                 if "logger" in kwargs and config.get("logger") is not False:
-                    kwargs["logger"] = loggers(folder)
+                    resumed = self.config[self.subcommand].ckpt_path
+                    own = resumed if resumed and folder.resolve() in Path(resumed).parents else None
+                    kwargs["logger"] = loggers(folder, own, config.get("log_every_n_steps"))
         kwargs["callbacks"] = callbacks
+        plugins = config.get("plugins") or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), FolderIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except Exception:
@@ -242,7 +252,7 @@ class HalosCLI(LightningCLI):
             print("halos_pl: interrupted before the first step; nothing is kept", file=sys.stderr)
             raise SystemExit(130) from None
         except (ValueError, MisconfigurationException) as error:
-            if self.trainer.global_step and not isinstance(error, (DataError, ModelError)):
+            if self.trainer.global_step and not isinstance(error, (DataError, ModelError, CheckpointError)):
                 raise
             if not self.trainer.global_step:
                 self._release_folder()
@@ -256,6 +266,7 @@ def run(argv: list[str]) -> int:
         0; 2 for a mistake of the user's, told on stderr in one message; 130 after Ctrl-C, 143 after SIGTERM.
     """
     quieten()
+    register()
     try:
         sys.argv[1:] = resolve_configs(argv)  # ranks that Lightning launches parse it again
         HalosCLI()
@@ -267,7 +278,7 @@ def run(argv: list[str]) -> int:
             raise
         print("halos_pl: interrupted; go on with --name NAME --ckpt_path last", file=sys.stderr)
         return 130
-    except (UsageError, ConfigNotFound, RunError, DataError, ModelError) as error:
+    except (UsageError, ConfigNotFound, RunError, DataError, ModelError, CheckpointError) as error:
         print(f"halos_pl: error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -87,6 +88,27 @@ class Averages(Metric):
                 weight = weight.double()
                 self.total[k] += torch.where(weight > 0, value * weight, 0.0).sum()  # inf of weight 0 is not NaN
                 self.weight[k] += weight.sum()
+
+    def on_ranks(self) -> list[list[list[float]]]:
+        """[ranks, 2, names] sums and weights so far: for a run to go on in the middle of a mean."""
+        mine = torch.stack([self.total, self.weight])
+        parts = [mine]
+        if dist.is_available() and dist.is_initialized():
+            parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, mine)
+        return [part.tolist() for part in parts]
+
+    def restore(self, parts: list[list[list[float]]]) -> None:
+        """What `on_ranks` told: to each its own where there are as many ranks, else all to the first."""
+        rank, world = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            rank, world = dist.get_rank(), dist.get_world_size()
+        if not parts or len(parts[0][0]) != len(self.names):  # written by a release with other names
+            return
+        states = torch.tensor(parts, dtype=torch.float64)
+        mine = states[rank] if world == len(parts) else states.sum(0) * (rank == 0)
+        self.total, self.weight = (x.to(self.total.device) for x in mine)
+        self._update_count = 1  # torchmetrics: there is something to compute
 
     def compute(self) -> dict[str, Tensor]:
         means = self.total / self.weight

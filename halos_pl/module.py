@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-import lightning as L
 import torch
 from halos_kernels import seq_logratio
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from halos_pl import resume
-from halos_pl.accumulation import StepMean
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, UnpairedBatch
 from halos_pl.losses import KTO, NaNError, Objective
 from halos_pl.metrics import Averages, TokenClock, Values, batch_values
@@ -23,14 +20,12 @@ from halos_pl.models import (
     ModelError,
     ModelSource,
     check_precision,
-    enable_checkpointing,
-    find_head,
-    load_model,
-    verify_head,
 )
 from halos_pl.needs import data_needs, reference_source
-from halos_pl.schedule import Schedule, learning_rate
+from halos_pl.pair import PairOptions, make_pair
+from halos_pl.schedule import Schedule
 from halos_pl.scoring import RunningMean, Scorer, compare, global_mean, per_token, reference_point, score_both
+from halos_pl.stepping import SteppedModule
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -46,7 +41,7 @@ class Evaluation(NamedTuple):
     diagnostics: Mapping[str, Tensor]  # what else the objective has to say, [any] each
 
 
-class AlignmentModule(L.LightningModule):
+class AlignmentModule(SteppedModule):
     """A policy that an objective aligns against a frozen reference.
 
     Args:
@@ -61,6 +56,7 @@ class AlignmentModule(L.LightningModule):
             `--trainer.precision bf16-mixed`.
         dropout: Keep the dropout of the model's configuration. Off: log-ratios of one model with itself are exactly 0.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        compile: Run every layer through torch.compile, by itself.
         attn_implementation: As in transformers: sdpa, eager, flash_attention_2 …
         trust_remote_code: Run model code that the folder or hub brings.
         init_seed: Of the random weights that `config` asks for.
@@ -80,6 +76,7 @@ class AlignmentModule(L.LightningModule):
         dtype: Dtype = "float32",
         dropout: bool = False,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         init_seed: int = 0,
@@ -88,7 +85,7 @@ class AlignmentModule(L.LightningModule):
         warmup: int | float = 0.1,
         log_entropy: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, schedule, warmup)
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be an instance such as KTO(beta=0.1), got {objective!r}")
         self.source = ModelSource(policy, config, dtype, dropout, attn_implementation, trust_remote_code, init_seed)
@@ -96,20 +93,15 @@ class AlignmentModule(L.LightningModule):
         tokenizer = tokenizer or policy
         if tokenizer is None:
             raise ValueError("--model.config brings no tokenizer: name one with --model.tokenizer FOLDER_OR_HUB_NAME")
-        if not 0 <= warmup < math.inf or (warmup >= 1 and warmup != int(warmup)):
-            raise ValueError(f"warmup must be a share in [0, 1) or a number of steps from 1 on, got {warmup}")
-        self.objective, self.schedule, self.warmup = objective, schedule, warmup
-        self.optimizer_factory, self.log_entropy = optimizer, log_entropy
-        self.gradient_checkpointing = gradient_checkpointing
-        self._settings = resume.settings(objective, optimizer, schedule)
+        self.objective, self.log_entropy = objective, log_entropy
+        self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile
+        self._settings = resume.settings(objective, optimizer)
         models = [self.source, *([self.reference_source] if self.reference_source else [])]
         self.data_needs = data_needs(objective, models, tokenizer, trust_remote_code=trust_remote_code)
         self.policy: Scorer | None = None
         self.reference: Scorer | None = None
         self.running_mean = RunningMean() if objective.reference_point_from == "running_mean" else None
-        self.train_averages, self.val_averages = Averages(), Averages()
-        self._step_mean, self._stepped = StepMean(), False
-        self._clock = TokenClock()
+        self.val_averages, self._clock = Averages(), TokenClock()
 
     # ------------------------------------------------------------------------------------------ models
 
@@ -119,15 +111,15 @@ class AlignmentModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        lm = load_model(self.source)
-        verify_head(lm, find_head(lm))
-        if self.reference_source is not None:
-            reference = copy.deepcopy(lm) if self.reference_source == self.source else load_model(self.reference_source)
-            verify_head(reference, find_head(reference))
-            self.reference = Scorer(reference).requires_grad_(False).eval()
-        if self.gradient_checkpointing:
-            enable_checkpointing(lm)
-        self.policy = Scorer(lm, value_head=self.objective.needs_value_head)
+        strategy = None if self._trainer is None else self.trainer.strategy
+        options = PairOptions(
+            value_head=self.objective.needs_value_head,
+            gradient_checkpointing=self.gradient_checkpointing,
+            compile=self.compile_layers,
+            offload_reference=getattr(strategy, "offload_reference", False),
+        )
+        plan = getattr(strategy, "plan", None)  # of the strategy fsdp
+        self.policy, self.reference = make_pair(self.source, self.reference_source, options, plan)
 
     def train(self, mode: bool = True) -> AlignmentModule:
         super().train(mode)
@@ -206,40 +198,15 @@ class AlignmentModule(L.LightningModule):
             found["reward"] = self.objective.rewards(scores)
         return {name: value for name, value in found.items() if value is not None}
 
-    # ------------------------------------------------------------------------------------------ optimization
-
-    def configure_optimizers(self) -> Any:
-        try:
-            optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
-        except ValueError as error:
-            raise ModelError(f"--model.optimizer: {error}") from error
-        warmup = 0 if getattr(self.trainer, "fast_dev_run", False) else self.warmup  # a dry run ends long before
-        scheduler = learning_rate(optimizer, self.schedule, warmup, self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._step_mean.rescale(self.parameters(), self.trainer.accumulate_grad_batches)
-        self._stepped = True
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.train_averages.update({"grad_norm": (norm[None], None)})
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-
     # ------------------------------------------------------------------------------------------ logging
 
     def on_train_start(self) -> None:
-        self._step_mean.restart()
+        super().on_train_start()
         self._clock.restart()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.source.dropout:  # the same noise, however often the run is resumed
+            torch.manual_seed(resume.noise_seed(self.source.seed, self.trainer))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not self._stepped:
@@ -284,14 +251,16 @@ class AlignmentModule(L.LightningModule):
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The reference never changes and is loaded anew: a checkpoint holds the policy alone."""
+        """What is trained, and nothing that is loaded anew: neither reference nor frozen weights."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("reference.")}
-        checkpoint[resume.KEY] = self._settings
+        trained = [name for name, p in self.named_parameters() if p.requires_grad]
+        counted = [name for name in state if name.startswith("running_mean.")]
+        checkpoint["state_dict"] = {name: state[name] for name in (*trained, *counted)}
+        checkpoint[resume.KEY] = {**self._settings, "averages": self.train_averages.on_ranks()}
+        checkpoint["trained"] = trained
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":
             resume.check(checkpoint, self._settings)
-        own = self.state_dict()
-        stored = resume.fitting(checkpoint["state_dict"], own, self.objective)
-        checkpoint["state_dict"] = stored | {k: v for k, v in own.items() if k.startswith("reference.")}
+            self.train_averages.restore(checkpoint[resume.KEY].get("averages", []))
+        checkpoint["state_dict"] = resume.fitting(checkpoint["state_dict"], self)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -69,12 +68,12 @@ def claim(runs: str, name: str | None, default: str, *, goes_on: bool) -> RunFol
                 return RunFolder(path, claimed=True)
     except OSError as error:
         raise RunError(f"--runs {runs}: no folder can be made there: {error}") from error
-    going_on = "go on with it (--ckpt_path last), or " if (path / "checkpoints" / "last.ckpt").exists() else ""
+    going_on = "go on with it (--ckpt_path last), or " if (path / "checkpoints" / "last.ckpt").is_dir() else ""
     raise RunError(f"--name: {path} holds an earlier run; {going_on}take another name")
 
 
 def find_checkpoint(given: str, runs: str, name: str | None) -> Path:
-    """The file of `--ckpt_path`: a path, or `last` or `best` of the run that is named.
+    """The folder of `--ckpt_path`: a path, or `last` or `best` of the run that is named.
 
     Raises:
         RunError: there is none, or it is no checkpoint.
@@ -83,15 +82,18 @@ def find_checkpoint(given: str, runs: str, name: str | None) -> Path:
     if given in ("last", "best"):
         if name is None:
             raise RunError(f"--ckpt_path {given}: of which run? Name it with --name")
-        found = sorted(Path(runs, name, "checkpoints").glob("last.ckpt" if given == "last" else "best-*.ckpt"))
-        if not found:
+        where = Path(runs, name, "checkpoints")
+        path = where / f"{given}.ckpt"
+        if given == "last" and not path.is_dir():  # a disk without links
+            steps = [(int(x.name[5:-5]), x) for x in where.glob("step=*.ckpt") if x.name[5:-5].isdecimal()]
+            path = max(steps)[1] if steps else path
+        if not path.is_dir():
             raise RunError(f"--ckpt_path {given}: {Path(runs, name)} holds no such checkpoint")
-        path = found[-1]
     try:
-        if not path.is_file():
-            raise RunError(f"--ckpt_path: no checkpoint {given!r}; give a file, or `last` or `best` with --name")
-        if not zipfile.is_zipfile(path):
-            raise RunError(f"--ckpt_path: {given} is not a checkpoint of this program")
+        if not path.exists():
+            raise RunError(f"--ckpt_path: no checkpoint {given!r}; give its folder, or `last` or `best` with --name")
+        if not (path / "manifest.json").is_file():
+            raise RunError(f"--ckpt_path: {given} is not a checkpoint of this program: it has no manifest.json")
     except OSError as error:
         raise RunError(f"--ckpt_path: {error}") from error
-    return path
+    return path.resolve()

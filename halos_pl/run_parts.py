@@ -1,39 +1,58 @@
-"""What a run gives its trainer where the config brings nothing of the kind: checkpoints and loggers."""
+"""What a run gives its trainer where the config brings nothing of the kind, and what it says of an earlier part."""
 
 from __future__ import annotations
 
-import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from halos_pl.checkpoints import open_checkpoint
+from halos_pl.curves import Curves, before
+
+OF_A_START = ("ckpt_path", "name", "runs")
+"""Settings of one start of a run, not of the run."""
 
 
-def checkpoints(folder: Path, *, best: bool) -> list[Callback]:
-    """The last state and, with held-out rows, the best one. Checkpoints are step-named, so that none is overwritten in
-    place.
+def loggers(folder: Path, resumed_from: str | None, every: int | None) -> list[Any]:
+    """TensorBoard and a CSV file. Of a run that goes on, rows after its checkpoint count no more.
 
     Args:
         folder: of the run.
-        best: whether there are held-out rows.
+        resumed_from: its checkpoint, if the run goes on.
+        every: steps between two rows of training.
     """
-    where = folder / "checkpoints"
-    last = ModelCheckpoint(
-        where,
-        filename="{step}",
-        save_last="link",
-        save_on_train_epoch_end=True,
-        save_on_exception=True,
-        enable_version_counter=False,
-    )
-    if not best:
-        return [last]
-    return [last, ModelCheckpoint(where, "best-{step}", monitor="val/loss", save_on_train_epoch_end=False)]
+    step = None if resumed_from is None else open_checkpoint(Path(resumed_from)).step
+    board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=step)
+    return [board, Curves(folder / "csv", before(step or 0, every))]
 
 
-def loggers(folder: Path) -> list[Any]:
-    """A run that goes on appends to its TensorBoard folder; CSVLogger would delete its rows, so it gets a new one."""
-    names = ("csv" if i == 1 else f"csv-{i}" for i in range(1, sys.maxsize))
-    free = next(name for name in names if not (folder / name).exists())
-    return [TensorBoardLogger(folder, name="", version="tensorboard"), CSVLogger(folder, name="", version=free)]
+def changes(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, by their dotted keys; None stands for one that is not there."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {key: (old, new)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in (*old, *(x for x in new if x not in old)):
+        if key or name not in OF_A_START:
+            found |= changes(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    return found
+
+
+def keep_earlier_config(folder: Path, text: str) -> list[str]:
+    """Before a run that goes on writes its config.yaml: what changed, a line each. An earlier file that says otherwise
+    is kept as config-1.yaml, config-2.yaml …
+
+    Args:
+        folder: of the run.
+        text: of the new config.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return []
+    told = changes(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, yaml.safe_load(text))
+    if told:
+        free = next(x for i in count(1) if not (x := folder / f"config-{i}.yaml").exists())
+        path.rename(free)
+    return [f"{key}: was {old}, now {new}" for key, (old, new) in told.items()]

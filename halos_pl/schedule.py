@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from halos_pl.models import ModelError
@@ -14,7 +14,7 @@ from halos_pl.models import ModelError
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-def learning_rate(optimizer: Optimizer, name: Schedule, warmup: int | float, steps: int | float) -> LRScheduler:
+def learning_rate(optimizer: Optimizer, name: Schedule, warmup: int | float, steps: int | float) -> LambdaLR:
     """A scheduler to step once an optimizer step.
 
     Args:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from halos_pl.batch import Batch
 from halos_pl.data import AlignmentData
 from halos_pl.data.collate import Collator, Item
-from halos_pl.losses import DPO, KTO, SFT, Objective
+from halos_pl.losses import BCO, DPO, KTO, SFT, Objective
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 
@@ -420,23 +420,62 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_model: Path, pairs_file: Pa
         trainer(log_every_n_steps=50).fit(module, datamodule=data)
 
 
-def test_a_run_goes_on_with_its_own_settings_only(tiny_model: Path, thumbs_file: Path, tmp_path: Path) -> None:
+def test_settings_of_the_run_win_over_those_of_a_checkpoint(
+    tiny_model: Path, thumbs_file: Path, tmp_path: Path
+) -> None:
+    """Lightning and torch would go on with the learning rate and momentum that the optimizer's state brings."""
     module, data = make(KTO(beta=0.5), tiny_model, thumbs_file)
     run = trainer(max_steps=2)
     run.fit(module, datamodule=data)
     run.save_checkpoint(tmp_path / "two.ckpt")
-    other, data = make(KTO(beta=0.7), tiny_model, thumbs_file)
-    with pytest.raises(ModelError, match=r"objective was KTO\(beta=0.5.*now KTO\(beta=0.7"):
-        trainer(max_steps=4).fit(other, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
-    same = AlignmentModule(
-        KTO(beta=0.5),
+    sgd = {"momentum": 0.25, "lr": 0.5}
+    other = AlignmentModule(
+        KTO(beta=0.7),
         policy=str(tiny_model),
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
+        optimizer=lambda params: torch.optim.SGD(params, **sgd),
+        schedule="linear",
+        warmup=0,
+    )
+    data = AlignmentData(train=str(thumbs_file), batch_size=8)
+    again = trainer(max_steps=4)
+    seen: list[tuple[float, float]] = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
+            group = trainer.optimizers[0].param_groups[0]
+            seen.append((group["lr"], group["momentum"]))
+
+    again.callbacks.append(Look())  # type: ignore[attr-defined]
+    again.fit(other, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+    assert again.global_step == 4
+    assert seen == [(0.25, 0.25), (0.125, 0.25)], "half way down the line, then three quarters"
+
+
+def test_a_checkpoint_of_another_objective_optimizer_or_model_is_refused(
+    tiny_model: Path, thumbs_file: Path, tmp_path: Path
+) -> None:
+    module, data = make(KTO(beta=0.5), tiny_model, thumbs_file)
+    run = trainer(max_steps=2)
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    other, data = make(BCO(beta=0.5), tiny_model, thumbs_file)
+    with pytest.raises(ModelError, match="objective was KTO, now BCO; to begin anew"):
+        trainer(max_steps=4).fit(other, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+    adam = AlignmentModule(KTO(beta=0.5), policy=str(tiny_model), schedule="constant", warmup=0)
+    with pytest.raises(ModelError, match=r"optimizer was SGD, now AdamW"):
+        trainer(max_steps=4).fit(adam, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+    config = {"model_type": "llama", "vocab_size": 260, "hidden_size": 16, "intermediate_size": 32}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    small = AlignmentModule(
+        KTO(beta=0.5),
+        config=config,
+        tokenizer=str(tiny_model),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         schedule="constant",
         warmup=0,
     )
-    with pytest.raises(ModelError, match=r"optimizer was SGD .*now SGD"):
-        trainer(max_steps=4).fit(same, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+    with pytest.raises(ModelError, match=r"the checkpoint is of another model: it has no policy\.lm"):
+        trainer(max_steps=4).fit(small, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
 
 
 def test_misuse_in_python_is_explained(tiny_model: Path) -> None:

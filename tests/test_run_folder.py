@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from halos_pl.run_folder import ENV, RunError, claim, find_checkpoint
 
@@ -39,8 +38,7 @@ def test_a_run_in_use_is_refused_unless_it_goes_on(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="mine holds an earlier run; take another name"):
         new(tmp_path, "mine")
     assert new(tmp_path, "mine", goes_on=True) == tmp_path / "mine"
-    (tmp_path / "mine" / "checkpoints").mkdir()
-    (tmp_path / "mine" / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "mine" / "checkpoints" / "last.ckpt").mkdir(parents=True)
     with pytest.raises(RunError, match="--ckpt_path last"):
         new(tmp_path, "mine")
 
@@ -69,15 +67,18 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 def test_checkpoints_are_found_or_refused(tmp_path: Path) -> None:
     where = tmp_path / "mine" / "checkpoints"
-    where.mkdir(parents=True)
-    torch.save({}, where / "step=3.ckpt")
+    for step in (3, 20):
+        (where / f"step={step}.ckpt").mkdir(parents=True)
+        (where / f"step={step}.ckpt" / "manifest.json").touch()
+    assert find_checkpoint("last", str(tmp_path), "mine") == where / "step=20.ckpt", "a disk without links"
     (where / "last.ckpt").symlink_to("step=3.ckpt")
-    assert find_checkpoint("last", str(tmp_path), "mine") == where / "last.ckpt"
+    assert find_checkpoint("last", str(tmp_path), "mine") == where / "step=3.ckpt"
     assert find_checkpoint(str(where / "step=3.ckpt"), str(tmp_path), None) == where / "step=3.ckpt"
     for given, name, message in (
         ("last", None, "of which run"),
         ("best", "mine", "no such checkpoint"),
-        (str(where), "mine", "no checkpoint"),
+        (str(where / "step=4.ckpt"), "mine", "no checkpoint"),
+        (str(where), "mine", "not a checkpoint of this program"),
         ("x" * 5000, "mine", "File name too long"),
     ):
         with pytest.raises(RunError, match=message):

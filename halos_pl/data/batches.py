@@ -72,8 +72,7 @@ class EpochBatches(DistributedSampler[list[int]]):
             where they fit and the ranks can have equally many micro-batches so.
         drop_last: leave out the last rows that do not fill a micro-batch on every rank.
         start: micro-batches of this rank to leave out in the first epoch that is iterated, however often it is. `len`
-            counts them, as Lightning does when it resumes. Call `set_epoch` before the DataLoader goes to Lightning,
-            which sets the epoch only after workers have fetched the first micro-batches.
+            counts them, as Lightning does when it resumes.
 
     Raises:
         ValueError: options that do not fit together, or a row of more than max_tokens.
@@ -139,6 +138,11 @@ class EpochBatches(DistributedSampler[list[int]]):
         plan = self.plan(epoch)
         for step in range(self.start if epoch == self._first else 0, len(plan.begins)):
             yield plan.batch(step, self.rank)
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Let the next iteration be of this epoch, from its start-th micro-batch on."""
+        self.set_epoch(epoch)
+        self.start, self._first = start, epoch
 
     def __len__(self) -> int:
         """Micro-batches of this rank in the present epoch, those that `start` leaves out included."""

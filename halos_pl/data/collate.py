@@ -50,6 +50,8 @@ class Collator:
         length_groups: blocks of rows of like length.
         pair_in_batch: y′ from the same micro-batch (the paper's way) where the items bring none.
         scores: hand on the scores of unpaired rows; each must have one.
+        same_blocks: as many blocks in every batch, however few its rows: sharded models gather their layers once a
+            block, and ranks must do so equally often.
     """
 
     view: View
@@ -60,6 +62,7 @@ class Collator:
     length_groups: int = 1
     pair_in_batch: bool = False
     scores: bool = False
+    same_blocks: bool = False
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         columns = list(zip(*(item.examples for item in items), strict=True))
@@ -88,6 +91,7 @@ class Collator:
             pad_to_multiple_of=self.pad_to_multiple_of,
             max_width=self.max_length,
             length_groups=self.length_groups,
+            same_blocks=self.same_blocks,
         )
 
 
@@ -99,6 +103,7 @@ def sequences(
     pad_to_multiple_of: int = 1,
     max_width: int | None = None,
     length_groups: int = 1,
+    same_blocks: bool = False,
 ) -> Sequences:
     """Rows of (prompt, completion) with every completion token scored.
 
@@ -109,6 +114,7 @@ def sequences(
         pad_to_multiple_of: of a block's length, unless that passes `max_width`.
         max_width: positions of the model.
         length_groups: blocks, each of as many rows, sorted by length: less padding, one forward pass each.
+        same_blocks: with fewer rows than groups, blocks of one padded position make up for the others.
 
     Raises:
         ValueError: an id outside [0, vocab_size), an empty prompt (its completion's first token would be predicted
@@ -133,6 +139,8 @@ def sequences(
         place[group] = end + width * np.arange(len(group))
         end += block.size
         blocks.append(torch.from_numpy(block))
+    if same_blocks:
+        blocks += [torch.full((1, 1), pad_id) for _ in range(length_groups - len(blocks))]
     starts = np.concatenate([[0], np.cumsum(scored)])
     first = place + lengths - scored  # a row's last prompt token predicts its first completion token
     return Sequences(

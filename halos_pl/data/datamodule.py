@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import lightning as L
-import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import DataNeeds
 from halos_pl.data.builder import DatasetBuilder
-from halos_pl.data.dataset import FeedbackDataset
+from halos_pl.data.dataset import FeedbackDataset, note_shared_prompts
 from halos_pl.data.encoder import make_encoder
 from halos_pl.data.loader import LoaderOptions, Stage, make_loader, refuse_other_rows
 from halos_pl.data.options import check_ranges, refuse_unequal_halves, refuse_unused, refuse_weights
+from halos_pl.data.place import place_of
 from halos_pl.data.prepare import Preparation, Prepared
 from halos_pl.data.records import DataError
 from halos_pl.data.sources import Source, as_sources, copy_rows
@@ -175,7 +176,7 @@ class AlignmentData(L.LightningDataModule):
                 except DataError as error:
                     raise DataError(f"data.{part.replace('predict', 'test')}: {error}") from error
         if stage == "fit" and "validation" in self.datasets and self.validation_share is None:
-            _note_shared_prompts(self.datasets["train"], self.datasets["validation"])
+            note_shared_prompts(self.datasets["train"], self.datasets["validation"])
 
     def save_bad_rows(self, path: Path) -> int:
         """Copy the rows that were left out as bad to a file, bit for bit where they are lines of a file.
@@ -284,16 +285,16 @@ class AlignmentData(L.LightningDataModule):
             num_workers=self.num_workers,
             seed=self.seed,
         )
-        world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        trainer = self.trainer
+        world, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
         refuse_other_rows(self.datasets[stage], stage)
         return make_loader(
-            self.datasets[stage], self.preparation.encoder, self.needs, options, stage=stage, world=world, rank=rank
+            self.datasets[stage],
+            self.preparation.encoder,
+            self.needs,
+            options,
+            stage=stage,
+            world=world,
+            rank=rank,
+            place=None if stage != "train" or trainer is None else partial(place_of, trainer),
         )
-
-
-def _note_shared_prompts(train: FeedbackDataset, validation: FeedbackDataset) -> None:
-    """Held-out rows whose prompts are trained on say little of prompts that are not."""
-    shared = int(np.isin(validation.prompt_digests, np.unique(train.prompt_digests)).sum())
-    if shared:
-        of = f"{shared:,} of {len(validation.members):,} completions"
-        validation.report += f"; {of} have a prompt that is trained on too"

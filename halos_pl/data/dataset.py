@@ -119,3 +119,11 @@ class FeedbackDataset(Dataset[Any]):
         """Tokens of each row's longest sequence, int64 [rows]."""
         whole = self.prompt_sizes + self.completion_sizes
         return whole.reshape(-1, self.members.width).max(1)
+
+
+def note_shared_prompts(train: FeedbackDataset, validation: FeedbackDataset) -> None:
+    """Held-out rows whose prompts are trained on say little of prompts that are not."""
+    shared = int(np.isin(validation.prompt_digests, np.unique(train.prompt_digests)).sum())
+    if shared:
+        of = f"{shared:,} of {len(validation.members):,} completions"
+        validation.report += f"; {of} have a prompt that is trained on too"

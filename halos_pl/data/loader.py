@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +38,34 @@ class LoaderOptions:
     seed: int
 
 
+class PlacedLoader(DataLoader[Any]):
+    """A loader that asks where the run is when the first batch of an iteration is, so that a run resumes anywhere.
+
+    Lightning makes an iterator before it restores the progress of a run, and sets the epoch after worker processes have
+    fetched.
+
+    Args:
+        place: epoch and micro-batch to begin with.
+        options: of `DataLoader`; the sampler is an `EpochBatches`.
+    """
+
+    def __init__(self, *, place: Callable[[], tuple[int, int]], **options: Any) -> None:
+        super().__init__(**options)
+        self.place = place
+
+    def __iter__(self) -> Any:
+        assert isinstance(self.sampler, EpochBatches)
+        self.sampler.begin(*self.place())
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the order is a function of the place. Lightning takes loaders that have it for resumable ones."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
 def refuse_other_rows(dataset: FeedbackDataset, stage: Stage) -> None:
     """DataError where the ranks have read different rows, as of a file that grew between one and the next."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -59,8 +88,10 @@ def make_loader(
     stage: Stage,
     world: int = 1,
     rank: int = 0,
+    place: Callable[[], tuple[int, int]] | None = None,
 ) -> DataLoader[Any]:
-    """The loader of one rank. Its batches do not depend on the number of its worker processes.
+    """The loader of one rank. Its batches do not depend on the number of its worker processes. With `place`, it begins
+    where that says.
 
     Raises:
         DataError: no row makes a micro-batch, or one alone is longer than `max_tokens`.
@@ -105,13 +136,15 @@ def make_loader(
         length_groups=options.length_groups,
         pair_in_batch=options.pair_in_batch,
         scores=needs.scores and stage != "predict",
+        same_blocks=world > 1,
     )
-    return DataLoader(
-        dataset,
-        batch_size=None,  # the sampler names whole micro-batches
-        sampler=batches,
-        collate_fn=collator,
-        num_workers=options.num_workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=options.num_workers > 0,
-    )
+    how: dict[str, Any] = {
+        "dataset": dataset,
+        "batch_size": None,  # the sampler names whole micro-batches
+        "sampler": batches,
+        "collate_fn": collator,
+        "num_workers": options.num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        "persistent_workers": options.num_workers > 0,
+    }
+    return DataLoader(**how) if place is None else PlacedLoader(place=place, **how)

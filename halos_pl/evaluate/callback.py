@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch.distributed.fsdp import FSDPModule
 
 from halos_pl.batch import Sequences
 from halos_pl.data import AlignmentData, DataError
@@ -137,8 +138,9 @@ class Evaluation(L.Callback):
             return
         assert isinstance(pl_module, AlignmentModule)
         rank, world = trainer.global_rank, trainer.world_size
-        said = self._say(pl_module, range(rank, len(self.prompts), world))
-        nll = self._text_nll(pl_module, self.text[rank::world])
+        together = world > 1 and isinstance(pl_module.policy, FSDPModule)
+        said = self._say(pl_module, *_dealt(len(self.prompts), rank, world, together), together)
+        nll = self._text_nll(pl_module, *_dealt(len(self.text), rank, world, together))
         gathered: list[Any] = [(said, nll)] * world
         if world > 1:
             torch.distributed.all_gather_object(gathered, (said, nll))
@@ -186,8 +188,8 @@ class Evaluation(L.Callback):
 
     # ------------------------------------------------------------------------------------------ what it measures
 
-    def _say(self, module: AlignmentModule, rows: Sequence[int]) -> list[Said]:
-        """Completions of some prompts by the policy, verified, and scored against the reference."""
+    def _say(self, module: AlignmentModule, rows: Sequence[int], counted: int, together: bool) -> list[Said]:
+        """Completions of some prompts by the policy, verified, and scored against the reference: the counted ones."""
         if not rows:
             return []
         encoder, policy = self._read_with, module.policy
@@ -202,6 +204,8 @@ class Evaluation(L.Callback):
             eos_token_id=encoder.eos_token_id,
             pad_token_id=pad,
             rows=rows,
+            generate=policy.generate,
+            together=together,
         )
         texts = encoder.tokenizer.batch_decode([tokens.tolist() for tokens in drawn], skip_special_tokens=True)
         ratios: list[float | None] = [None] * len(rows)
@@ -217,17 +221,18 @@ class Evaluation(L.Callback):
                 tokens=len(tokens),
                 ended=bool(tokens[-1] == encoder.eos_token_id),
             )
-            for i, prompt, text, ratio, tokens in zip(rows, prompts, texts, ratios, drawn, strict=True)
+            for i, prompt, text, ratio, tokens in [*zip(rows, prompts, texts, ratios, drawn, strict=True)][:counted]
         ]
 
-    def _text_nll(self, module: AlignmentModule, text: Sequence[tuple[Tokens, Tokens]]) -> tuple[float, int]:
-        """Σ −log π and the number of tokens."""
+    def _text_nll(self, module: AlignmentModule, rows: Sequence[int], counted: int) -> tuple[float, int]:
+        """Σ −log π and the number of tokens, of the counted texts."""
         assert module.policy is not None
         total, count = 0.0, 0
         with torch.no_grad():
-            for part in self._rows(text, module):
-                total -= float(module.policy(part).logp.double().sum())
-                count += part.num_scored
+            for part in self._rows([self.text[i] for i in rows], module):
+                upto = int(part.cu_seqlens[min(counted, part.num_rows)])
+                total -= float(module.policy(part).logp[:upto].double().sum())
+                count, counted = count + upto, max(0, counted - part.num_rows)
         return total, count
 
     def _rows(self, pairs: Sequence[tuple[Tokens, Tokens]], module: AlignmentModule) -> Iterator[Sequences]:
@@ -253,6 +258,13 @@ def _named(key: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"evaluation.{key}: {error}") from error
+
+
+def _dealt(count: int, rank: int, world: int, equally: bool) -> tuple[list[int], int]:
+    """Rows of a rank, and how many of them count: where ranks must do equally much, some do one more for nothing."""
+    mine = [*range(rank, count, world)]
+    extra = -(-count // world) - len(mine) if equally else 0
+    return mine + extra * [rank % max(1, count)], len(mine)
 
 
 def _marked(said: Said) -> Text:

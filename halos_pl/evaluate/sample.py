@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,8 @@ def sample(
     eos_token_id: int,
     pad_token_id: int,
     rows: Sequence[int] | None = None,
+    generate: Callable[..., Tensor] | None = None,
+    together: bool = False,
 ) -> list[Tokens]:
     """A completion for each prompt.
 
@@ -78,6 +81,9 @@ def sample(
         eos_token_id: ends a completion.
         pad_token_id: fills up shorter prompts on the left, unseen.
         rows: a number for each prompt that names its noise. Default: 0, 1, 2 …
+        generate: the model's `generate`, by another way in.
+        together: every rank samples as many prompts, and goes on until all have ended: a sharded model's layers are
+            gathered for each token.
 
     Returns:
         token ids of each completion, its EOS included unless it was cut at `max_new_tokens`.
@@ -102,9 +108,9 @@ def sample(
             batch = order[start : start + how.batch_size]
             ids, mask = _left_padded([prompts[i] for i in batch], pad_token_id, model.device)
             noise = torch.from_numpy(np.stack([_uniform(how, rows[i]) for i in batch])).to(model.device)
-            generated: Tensor = model.generate(  # type: ignore[operator]  # typed as a tensor in some releases
-                ids, attention_mask=mask, logits_processor=_processors(how, noise, ids.shape[1])
-            )
+            draw: Any = generate or model.generate
+            processors = _processors(how, noise, ids.shape[1])
+            generated = draw(ids, attention_mask=mask, logits_processor=processors, synced_gpus=together)
             for i, tokens in zip(batch, generated[:, ids.shape[1] :].cpu().numpy().astype(np.int32), strict=True):
                 ends = np.flatnonzero(tokens == eos_token_id)
                 out[i] = tokens[: ends[0] + 1] if len(ends) else tokens

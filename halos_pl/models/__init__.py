@@ -2,7 +2,14 @@
 
 from halos_pl.models.export import export_policy
 from halos_pl.models.head import Head, backbone, find_head, verify_head
-from halos_pl.models.load import ModelError, ModelSource, check_precision, enable_checkpointing, load_model
+from halos_pl.models.load import (
+    ModelError,
+    ModelSource,
+    check_precision,
+    enable_checkpointing,
+    load_model,
+    load_skeleton,
+)
 
 __all__ = [
     "Head",
@@ -14,5 +21,6 @@ __all__ = [
     "export_policy",
     "find_head",
     "load_model",
+    "load_skeleton",
     "verify_head",
 ]

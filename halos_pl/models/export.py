@@ -5,11 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def export_policy(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, *, adopt_ids: bool = False
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    *,
+    adopt_ids: bool = False,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write weights (safetensors), tokenizer with its chat template, generation settings and model card.
 
@@ -22,6 +29,7 @@ def export_policy(
         card: text of README.md.
         adopt_ids: take all special token ids from the tokenizer: for a bare configuration, whose defaults belong to
             some other tokenizer.
+        weights: by name, whole, where those of the model are sharded.
     """
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -38,7 +46,7 @@ def export_policy(
         if generation.pad_token_id is None:
             generation.pad_token_id = tokenizer.pad_token_id
     try:
-        lm.save_pretrained(aside)
+        lm.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
     except BaseException:

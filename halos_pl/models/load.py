@@ -76,7 +76,7 @@ class ModelSource:
             values = dict(self.config)
         kind = values.pop("model_type", None)
         if kind not in CONFIG_MAPPING:
-            near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
+            near = [] if kind is None else difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
             raise ModelError(
                 f"--model.config: model_type is {kind!r}, which transformers does not know"
                 + (f"; nearest: {', '.join(near)}" if near else "; give one, such as llama")
@@ -104,10 +104,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     Raises:
         ModelError: the weights are missing or do not belong to the configuration.
     """
-    config = source.pretrained_config
-    options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "trust_remote_code": source.trust_remote_code}
-    if source.attn_implementation is not None:
-        options["attn_implementation"] = source.attn_implementation
+    config, options = source.pretrained_config, _options(source)
     try:
         if source.name is None:
             with torch.random.fork_rng():
@@ -136,6 +133,22 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     if not source.dropout:
         _switch_dropout_off(model)
     return model.train()
+
+
+def load_skeleton(source: ModelSource) -> PreTrainedModel:
+    """The same model without weights, on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.pretrained_config, **_options(source))
+    if not source.dropout:
+        _switch_dropout_off(model)
+    return model.train()
+
+
+def _options(source: ModelSource) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "trust_remote_code": source.trust_remote_code}
+    if source.attn_implementation is not None:
+        options["attn_implementation"] = source.attn_implementation
+    return options
 
 
 def check_precision(precision: str, dtype: str, *, training: bool) -> None:

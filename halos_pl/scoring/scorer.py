@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from halos_kernels import Head, linear_logp, linear_logp_multi
@@ -71,6 +71,16 @@ class Scorer(nn.Module):
         )
         value = None if self.value_head is None else self.value_head(predicting)[:, 0].to(out.logp.dtype)
         return TokenScores(out.logp, out.entropy, value)
+
+    def generate(self, ids: Tensor, **options: Any) -> Tensor:
+        """`lm.generate`, by a way in that has the weights whole.
+
+        Args:
+            ids: [B, T] prompts.
+            options: of `generate`.
+        """
+        out: Tensor = self.lm.generate(ids, **options)  # type: ignore[operator]  # typed as a tensor in some releases
+        return out
 
 
 def score_both(
