@@ -102,6 +102,7 @@ class AlignmentModule(SteppedModule):
         self.reference: Scorer | None = None
         self.running_mean = RunningMean() if objective.reference_point_from == "running_mean" else None
         self.val_averages, self._clock = Averages(), TokenClock()
+        self._row: dict[str, Tensor | float] = {}  # the latest of training
 
     # ------------------------------------------------------------------------------------------ models
 
@@ -209,19 +210,27 @@ class AlignmentModule(SteppedModule):
             torch.manual_seed(resume.noise_seed(self.source.seed, self.trainer))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if not self._stepped:
-            return
-        self._stepped = False
+        if row := self._write_row():
+            self.log_dict(row, logger=False)  # for progress bars and callbacks
+
+    def _write_row(self) -> dict[str, Tensor | float]:
+        """The row of this step, if one is due: once, and before a checkpoint of the step, which is to go on after it."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the trainer's connectors
-        if every and not self.global_step % every:
-            self.log_dict({f"train/{name}": value for name, value in self._training_values().items()})
+        if self._stepped and every and not self.global_step % every:
+            self._row = {f"train/{name}": value for name, value in self._training_values().items()}
+            self._log_row(self._row)
+        self._stepped = False
+        return self._row
+
+    def _log_row(self, row: Mapping[str, Tensor | float]) -> None:
+        values = {name: float(value) for name, value in row.items()} | {"epoch": self.current_epoch}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=self.global_step - 1)
 
     def on_train_end(self) -> None:
         """The steps after the last logged one; Lightning's `log` is over."""
         if self.train_averages.update_count:
-            values = {f"train/{name}": float(value) for name, value in self._training_values().items()}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(values, step=self.global_step - 1)
+            self._log_row({f"train/{name}": value for name, value in self._training_values().items()})
 
     def _training_values(self) -> dict[str, Tensor | float]:
         values: dict[str, Tensor | float] = dict(self.train_averages.compute())
@@ -252,6 +261,7 @@ class AlignmentModule(SteppedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is trained, and nothing that is loaded anew: neither reference nor frozen weights."""
+        self._write_row()
         state = checkpoint["state_dict"]
         trained = [name for name, p in self.named_parameters() if p.requires_grad]
         counted = [name for name in state if name.startswith("running_mean.")]

@@ -18,7 +18,7 @@ from halos_pl.data.dataset import FeedbackDataset, note_shared_prompts
 from halos_pl.data.encoder import make_encoder
 from halos_pl.data.loader import LoaderOptions, Stage, make_loader, refuse_other_rows
 from halos_pl.data.options import check_ranges, refuse_unequal_halves, refuse_unused, refuse_weights
-from halos_pl.data.place import place_of
+from halos_pl.data.place import counted_in, go_on, place_of
 from halos_pl.data.prepare import Preparation, Prepared
 from halos_pl.data.records import DataError
 from halos_pl.data.sources import Source, as_sources, copy_rows
@@ -257,6 +257,14 @@ class AlignmentData(L.LightningDataModule):
         assert self.needs is not None
         return self.needs.mismatched and self.mismatch == "batch" and stage == "train"
 
+    def state_dict(self) -> dict[str, Any]:
+        world = 1 if self.trainer is None else self.trainer.world_size
+        return counted_in(vars(self), self.datasets["train"].identity, world)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            go_on(state_dict, self.state_dict(), self.trainer, lambda: len(self._loader("train")))
+
     def train_dataloader(self) -> DataLoader[Any]:
         if getattr(self.trainer, "overfit_batches", 0):
             raise DataError("trainer.overfit_batches: to train on the same few rows, give data.train a limit")
@@ -285,16 +293,8 @@ class AlignmentData(L.LightningDataModule):
             num_workers=self.num_workers,
             seed=self.seed,
         )
-        trainer = self.trainer
-        world, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         refuse_other_rows(self.datasets[stage], stage)
-        return make_loader(
-            self.datasets[stage],
-            self.preparation.encoder,
-            self.needs,
-            options,
-            stage=stage,
-            world=world,
-            rank=rank,
-            place=None if stage != "train" or trainer is None else partial(place_of, trainer),
-        )
+        place = partial(place_of, self.trainer) if stage == "train" and self.trainer is not None else None
+        what = self.datasets[stage], self.preparation.encoder, self.needs, options
+        return make_loader(*what, stage=stage, world=world, rank=rank, place=place)
