@@ -90,7 +90,7 @@ class RunReport(L.Callback):
         self.after = _held_out(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.trained:
+        if self.trained or (trainer.global_step and not (self.folder / "policy").exists()):  # ended, then interrupted
             self._write(trainer, pl_module)
         elif step := trainer.global_step:
             self._print(f"this run had ended at step {step}: raise --trainer.max_epochs or --trainer.max_steps")
@@ -121,6 +121,8 @@ class RunReport(L.Callback):
             self.console.print(self.table())
             if evaluation is not None and (samples := evaluation.table()) is not None:
                 self.console.print(samples)
+        elif not self.trained:
+            self._print("training had ended before, without an export; `validate` measures the held-out rows")
         else:
             self._print("no held-out rows: --data.validation FILE shows how they fare before and after")
         places = {"policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from halos_pl import resume
 from halos_pl.accumulation import StepMean
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, UnpairedBatch
-from halos_pl.losses import KTO, NaNError, Objective
+from halos_pl.losses import KTO, NaNError, Objective, nan_passes
 from halos_pl.metrics import Averages, TokenClock, Values, batch_values
 from halos_pl.models import (
     ModelError,
@@ -29,6 +29,7 @@ from halos_pl.models import (
     verify_head,
 )
 from halos_pl.needs import data_needs, reference_source
+from halos_pl.ranks import several_ranks
 from halos_pl.schedule import Schedule, learning_rate
 from halos_pl.scoring import RunningMean, Scorer, compare, global_mean, per_token, reference_point, score_both
 
@@ -108,8 +109,9 @@ class AlignmentModule(L.LightningModule):
         self.reference: Scorer | None = None
         self.running_mean = RunningMean() if objective.reference_point_from == "running_mean" else None
         self.train_averages, self.val_averages = Averages(), Averages()
-        self._step_mean, self._stepped = StepMean(), False
-        self._clock = TokenClock()
+        self._step_mean, self._stepped, self._clock = StepMean(), False, TokenClock()
+        self.accepts_step: Callable[[Tensor], bool] | None = None  # asked with the norm of each step's gradient
+        self.nan_passes = False  # in training NaN is left to whoever is asked; with several ranks none may stop alone
 
     # ------------------------------------------------------------------------------------------ models
 
@@ -152,12 +154,13 @@ class AlignmentModule(L.LightningModule):
         desirable = batch.desirable if isinstance(batch, (UnpairedBatch, PairedBatch)) else None
         if isinstance(batch, UnpairedBatch):
             scores = replace(scores, score=batch.score)
-        try:
-            losses = self.objective.losses(scores, desirable, z0)
-        except NaNError as error:
-            raise self._diverged(str(error)) from error
-        diagnostics = self.objective.diagnostics(scores, desirable)
-        return Evaluation(losses, scores, self.objective.rewards(scores), z0, kl_raw, diagnostics)
+        with nan_passes(several_ranks() or (self.nan_passes and self.training)):
+            try:
+                losses = self.objective.losses(scores, desirable, z0)
+            except NaNError as error:
+                raise self.diverged(str(error)) from error
+            diagnostics = self.objective.diagnostics(scores, desirable)
+            return Evaluation(losses, scores, self.objective.rewards(scores), z0, kl_raw, diagnostics)
 
     def score(self, rows: Sequences, *, entropy: bool = False) -> CompletionLogps:
         """Policy against reference on token rows; only the policy's part carries a gradient."""
@@ -176,10 +179,8 @@ class AlignmentModule(L.LightningModule):
         if mismatched is None:
             return None, None
         logratio = self.score(mismatched).logratio
-        if self.is_reference_free:
-            kl_raw = global_mean(logratio)
-            return kl_raw, kl_raw
-        return reference_point(logratio), global_mean(logratio)
+        kl_raw = global_mean(logratio)
+        return (kl_raw if self.is_reference_free else reference_point(logratio)), kl_raw
 
     @property
     def is_reference_free(self) -> bool:
@@ -229,6 +230,8 @@ class AlignmentModule(L.LightningModule):
     ) -> None:
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.accepts_step is not None and not self.accepts_step(norm):
+            return
         self.train_averages.update({"grad_norm": (norm[None], None)})
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
@@ -259,15 +262,15 @@ class AlignmentModule(L.LightningModule):
     def _training_values(self) -> dict[str, Tensor | float]:
         values: dict[str, Tensor | float] = dict(self.train_averages.compute())
         if not math.isfinite(values.get("loss", 0.0)):
-            raise self._diverged("the loss is not finite any more")
+            raise self.diverged("the loss is not finite any more")
         self.train_averages.reset()
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         values["tokens_per_second"] = self._clock.rate() * self.trainer.world_size
         return values
 
-    def _diverged(self, what: str) -> ModelError:
+    def diverged(self, what: str, step: int | None = None) -> ModelError:
         remedy = "lower --model.optimizer.lr, or raise --model.warmup; nothing is exported"
-        return ModelError(f"{what} at step {self.global_step}: {remedy}")
+        return ModelError(f"{what} at step {self.global_step if step is None else step}: {remedy}")
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")

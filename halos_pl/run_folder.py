@@ -15,6 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 ENV = "HALOS_RUN_NAME"
 """Tells the name to the ranks that Lightning launches after the folder was claimed."""
 
+AUTO = "auto"
+"""Of `--ckpt_path`: the last checkpoint of the run that is named; where there is none yet, the run begins."""
+
 
 class RunError(ValueError):
     """The folder or the checkpoint that the user named cannot be used."""
@@ -73,18 +76,21 @@ def claim(runs: str, name: str | None, default: str, *, goes_on: bool) -> RunFol
     raise RunError(f"--name: {path} holds an earlier run; {going_on}take another name")
 
 
-def find_checkpoint(given: str, runs: str, name: str | None) -> Path:
-    """The file of `--ckpt_path`: a path, or `last` or `best` of the run that is named.
+def find_checkpoint(given: str, runs: str, name: str | None) -> Path | None:
+    """The file of `--ckpt_path`: a path, or `last` or `best` of the run that is named; for `auto` the last one, or None
+    before there is any.
 
     Raises:
         RunError: there is none, or it is no checkpoint.
     """
     path = Path(given)
-    if given in ("last", "best"):
+    if given in ("last", "best", AUTO):
         if name is None:
             raise RunError(f"--ckpt_path {given}: of which run? Name it with --name")
-        found = sorted(Path(runs, name, "checkpoints").glob("last.ckpt" if given == "last" else "best-*.ckpt"))
+        found = sorted(Path(runs, name, "checkpoints").glob("best-*.ckpt" if given == "best" else "last.ckpt"))
         if not found:
+            if given == AUTO:
+                return None
             raise RunError(f"--ckpt_path {given}: {Path(runs, name)} holds no such checkpoint")
         path = found[-1]
     try:

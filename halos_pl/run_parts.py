@@ -24,7 +24,6 @@ def checkpoints(folder: Path, *, best: bool) -> list[Callback]:
         filename="{step}",
         save_last="link",
         save_on_train_epoch_end=True,
-        save_on_exception=True,
         enable_version_counter=False,
     )
     if not best:

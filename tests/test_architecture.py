@@ -16,6 +16,10 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.batch": set(),
     "halos_pl.value": set(),
     "halos_pl.accumulation": set(),
+    "halos_pl.ranks": set(),
+    "halos_pl.signals": set(),
+    "halos_pl.watchdog": set(),
+    "halos_pl.memory": {"halos_pl.batch"},
     "halos_pl.losses": {"halos_pl.batch", "halos_pl.value"},
     "halos_pl.halo": {"halos_pl.batch", "halos_pl.losses", "halos_pl.value"},
     "halos_pl.data": {
@@ -33,7 +37,15 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.metrics": {"halos_pl.batch", "torchmetrics"},
     "halos_pl.module": {
         *("halos_pl.accumulation", "halos_pl.batch", "halos_pl.losses", "halos_pl.metrics", "halos_pl.models"),
-        *("halos_pl.needs", "halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring", "halos_kernels", "lightning"),
+        *(
+            "halos_pl.needs",
+            "halos_pl.ranks",
+            "halos_pl.resume",
+            "halos_pl.schedule",
+            "halos_pl.scoring",
+            "halos_kernels",
+            "lightning",
+        ),
     },
     "halos_pl.objective_choice": {"halos_pl.losses", "yaml"},
     "halos_pl.objectives": {"halos_pl", "halos_pl.halo", "halos_pl.losses"},
@@ -42,6 +54,12 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.resume": {"halos_pl.models"},
     "halos_pl.run_folder": {"lightning"},
     "halos_pl.run_parts": {"lightning"},
+    "halos_pl.run_record": {"halos_pl", "lightning"},
+    "halos_pl.preemption": {"halos_pl.ranks", "halos_pl.signals", "lightning"},
+    "halos_pl.guards": {
+        *("halos_pl.batch", "halos_pl.memory", "halos_pl.module", "halos_pl.ranks", "halos_pl.signals"),
+        *("halos_pl.watchdog", "lightning"),
+    },
     "halos_pl.model_card": {"halos_pl", "halos_pl.data", "halos_pl.module", "yaml"},
     "halos_pl.evaluate": {
         *("halos_pl.batch", "halos_pl.data", "halos_pl.models", "halos_pl.module"),

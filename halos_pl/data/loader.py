@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,4 +115,11 @@ def make_loader(
         num_workers=options.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=options.num_workers > 0,
+        worker_init_fn=_ignore_signals if options.num_workers else None,
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole run must not take the batches from a step that it still finishes: the run ends workers."""
+    for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(which, signal.SIG_IGN)
