@@ -72,8 +72,10 @@ class Guards(L.Callback):
         if trainer.world_size > 1:
             launcher: Any = trainer.strategy.launcher
             store: Any = torch.distributed.distributed_c10d._get_default_store()
+            with suppress(NotImplementedError, RuntimeError):  # a connection of its own, where the store has any
+                store = store.clone()
             self._dog = Watchdog(
-                *(60 * self.timeout, trainer.global_rank, trainer.world_size, store.clone()),
+                *(60 * self.timeout, trainer.global_rank, trainer.world_size, store),
                 at_end=lambda: end_children(getattr(launcher, "procs", ()), 0),
             )
             self._dog.start()

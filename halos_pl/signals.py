@@ -12,7 +12,7 @@ from subprocess import Popen
 from types import FrameType
 from typing import Any
 
-ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 GRACE = 10.0
 """Seconds that an end at once may take before the process is left as it is."""
 
@@ -53,6 +53,7 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is not threading.main_thread() or self._before:
             return self
+        self.received, self._hurried, self._interrupted = 0, False, [0.0, 0.0]
         self._before = {which: signal.getsignal(which) for which in ENDING}
         self.install()
         read, write = os.pipe()
@@ -127,12 +128,12 @@ def _in_child() -> None:
     """A forked process is no rank: it has the usual handlers, and does not wake its parent's thread."""
     if _active is not None:
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for which in ENDING:
+            signal.signal(which, signal.SIG_DFL if which != signal.SIGINT else signal.default_int_handler)
 
 
-os.register_at_fork(after_in_child=_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def end_children(children: Sequence[Popen[Any]], patience: float) -> None:

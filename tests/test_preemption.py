@@ -12,12 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 
 import halos_pl.cli  # noqa: F401  as in test_cli.py
 from halos_pl.__main__ import main
+from halos_pl.data import AlignmentData
+from halos_pl.losses import SFT
+from halos_pl.module import AlignmentModule
+from halos_pl.preemption import Preemption
 from halos_pl.run_folder import ENV
+from halos_pl.signals import Preempted
 
 LIMIT = 30  # seconds from the signal to the end of the last process
 
@@ -127,6 +134,7 @@ def test_a_validation_is_left_at_its_next_batch(fit: Fit, tmp_path: Path) -> Non
     assert steps(tmp_path) == [5, 5]
     assert fit(*argv, "--ckpt_path", "last") == 0
     assert size(tmp_path / "train-0") == 48, "no micro-batch twice, none left out"
+    assert size(tmp_path / "held-out-0") == 8 + 4 * 6, "the three validations that were due, and the closing one"
     assert steps(tmp_path) == [24, 24]
 
 
@@ -151,6 +159,77 @@ def test_auto_begins_and_goes_on(fit: Fit, tmp_path: Path, capsys: Any) -> None:
     capsys.readouterr()
     assert fit("--ckpt_path", "auto", "--name", "null") == 2
     assert "--ckpt_path auto: of which run?" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- in Python
+
+
+class Keeper(Checkpoint):
+    """A checkpoint callback with a `save` of its own."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[int, int, int]] = []
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Step; micro-batches that are not completed; those of a validation that are seen."""
+        loop: Any = trainer.fit_loop.epoch_loop
+        done = loop.batch_progress.current
+        self.saved.append(
+            (trainer.global_step, done.ready - done.completed, loop.val_loop.batch_progress.current.ready)
+        )
+
+
+class Closing(L.Callback):
+    """Validates when training is over, as RunReport does."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+
+class Signal(L.Callback):
+    def __init__(self, hook: str, count: int) -> None:
+        self.left = count
+        setattr(self, hook, self.act)
+
+    def act(self, *_: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(
+    ("hook", "count", "saved"),
+    [
+        ("on_train_batch_start", 3, (2, 1, 0)),
+        ("on_validation_batch_start", 2, (2, 1, 0)),  # as at the end of the step, though it is over
+        ("on_train_end", 1, (4, 0, 3)),  # all is over: as it is
+        ("on_validation_batch_start", 8, (4, 0, 2)),  # the same in the closing validation
+    ],
+)
+def test_the_checkpoint_callback_saves_as_of_the_step(
+    hook: str, count: int, saved: tuple[int, int, int], tiny_model: Path, thumbs_file: Path
+) -> None:
+    module = AlignmentModule(SFT(), policy=str(tiny_model), schedule="constant", warmup=0)
+    keeper, before = Keeper(), signal.getsignal(signal.SIGUSR1)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        accumulate_grad_batches=2,
+        val_check_interval=4,
+        limit_val_batches=3,
+        num_sanity_val_steps=0,
+        callbacks=[Signal(hook, count), Preemption(), Closing(), keeper],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(Preempted) as ended:
+        trainer.fit(module, datamodule=AlignmentData(str(thumbs_file), str(thumbs_file), batch_size=4))
+    assert ended.value.status == 138
+    assert keeper.saved == [saved]
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 # ------------------------------------------------------------------------------------------------- ranks

@@ -121,5 +121,6 @@ def make_loader(
 
 def _ignore_signals(worker: int) -> None:
     """A signal to the whole run must not take the batches from a step that it still finishes: the run ends workers."""
-    for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(which, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
