@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-_group: tuple[object, dist.ProcessGroup] | None = None  # the world that it was made in, and the group
+_group: weakref.ref[dist.ProcessGroup] | None = None  # torch owns it: what outlives its end aborts the process
 
 
 def several_ranks() -> bool:
@@ -31,11 +32,11 @@ def agree(*values: float, patience: timedelta | None = None) -> tuple[float, ...
     if not several_ranks():
         return tuple(map(float, values))
     global _group
-    world = dist.group.WORLD
-    if _group is None or _group[0] is not world:
-        made = dist.new_group(backend="gloo", timeout=patience)
-        assert isinstance(made, dist.ProcessGroup)
-        _group = world, made
+    group = _group() if _group is not None else None
+    if group is None:
+        group = dist.new_group(backend="gloo", timeout=patience)
+        assert isinstance(group, dist.ProcessGroup)
+        _group = weakref.ref(group)
     found = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=_group[1])
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     return tuple(found.tolist())
