@@ -92,7 +92,8 @@ class RunReport(L.Callback):
         self.after = _held_out(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.trained:
+        ended = trainer.global_step and not (self.folder / "policy").exists()  # then interrupted
+        if self.trained or trainer.strategy.broadcast(bool(ended)):
             assert isinstance(pl_module, AlignmentModule)
             assert pl_module.policy is not None
             weights = None
@@ -138,6 +139,8 @@ class RunReport(L.Callback):
             self.console.print(self.table())
             if evaluation is not None and (samples := evaluation.table()) is not None:
                 self.console.print(samples)
+        elif not self.trained:
+            self._print("training had ended before, without an export; `validate` measures the held-out rows")
         else:
             self._print("no held-out rows: --data.validation FILE shows how they fare before and after")
         places = {"policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)"}

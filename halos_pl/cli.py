@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.trainer import Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl import losses
 from halos_pl.callbacks import PredictionFile, ProgressBar, RunReport, Weighted, balance, describe
@@ -24,14 +23,19 @@ from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.evaluate import Evaluation
 from halos_pl.fsdp import register
+from halos_pl.guards import Guards
+from halos_pl.memory import is_out_of_memory
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 from halos_pl.nano.shipped import refuse_mixture
 from halos_pl.objective_choice import own_defaults
 from halos_pl.parser_errors import explain, of_a_source
+from halos_pl.preemption import Preemption
 from halos_pl.quiet import quieten
-from halos_pl.run_folder import ENV, RunError, RunFolder, claim, find_checkpoint
+from halos_pl.run_folder import AUTO, ENV, RunError, RunFolder, claim, find_checkpoint
 from halos_pl.run_parts import keep_earlier_config, loggers
+from halos_pl.run_record import RunRecord
+from halos_pl.signals import Preempted, Signals, end_children
 
 TRAINER_DEFAULTS = {
     "num_sanity_val_steps": -1,  # all held-out rows: the state before training
@@ -83,8 +87,9 @@ class _SavedConfig(SaveConfigCallback):
 class HalosCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict`, with everything a run leaves under `runs/NAME/`."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Signals | None = None) -> None:
         self.folder: RunFolder | None = None
+        self.signals, self.goes_on = signals, False
         super().__init__(
             AlignmentModule,
             AlignmentData,
@@ -110,6 +115,7 @@ class HalosCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_class_arguments(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(Guards, "guards")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_seed")
 
@@ -132,8 +138,11 @@ class HalosCLI(LightningCLI):
         options = self.config[self.config.subcommand]
         if options.ckpt_path is None:
             return
+        self.goes_on = options.ckpt_path == AUTO
+        if self.goes_on and self.config.subcommand != "fit":
+            raise RunError("--ckpt_path auto goes on with a training, or begins it; here it is `last` or a file")
         path = find_checkpoint(options.ckpt_path, options.runs, options.name)
-        options.ckpt_path = str(path)
+        options.ckpt_path = None if path is None else str(path)
 
     def instantiate_classes(self) -> None:
         try:
@@ -168,7 +177,7 @@ class HalosCLI(LightningCLI):
                 callbacks.append(PredictionFile(folder / "predictions.jsonl"))
             else:
                 self._keep_bad_rows(folder)
-                callbacks.append(RunReport(folder))
+                callbacks += [RunRecord(folder), RunReport(folder)]
                 self.evaluation.folder = folder / "samples"
                 if config.get("enable_checkpointing") is not False:
                     callbacks.append(self._get(self.config_init, "checkpoints"))
@@ -176,14 +185,16 @@ class HalosCLI(LightningCLI):
                     resumed = self.config[self.subcommand].ckpt_path
                     own = resumed if resumed and folder.resolve() in Path(resumed).parents else None
                     kwargs["logger"] = loggers(folder, own, config.get("log_every_n_steps"))
-        kwargs["callbacks"] = callbacks
+        kwargs["callbacks"] = [Preemption(self.signals), *callbacks]
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), FolderIO()]
         try:
-            return super().instantiate_trainer(**kwargs)
-        except Exception:
+            trainer = super().instantiate_trainer(**kwargs)
+        except BaseException:
             self._release_folder()
             raise
+        self._get(self.config_init, "guards").give_time(trainer.strategy)
+        return trainer
 
     @property
     def evaluation(self) -> Evaluation:
@@ -212,8 +223,8 @@ class HalosCLI(LightningCLI):
     def _claim_folder(self) -> Path:
         """A new folder; the same one for a run that goes on from its own checkpoint, and for predictions beside it."""
         options = self.config[self.subcommand]
-        goes_on = False
-        if options.name is not None:
+        goes_on = self.goes_on
+        if options.name is not None and not goes_on:
             own = Path(options.runs, options.name).resolve()
             from_itself = options.ckpt_path is not None and own in Path(options.ckpt_path).resolve().parents
             goes_on = from_itself or self.subcommand == "predict"
@@ -245,39 +256,35 @@ class HalosCLI(LightningCLI):
             )
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit as end:
-            if self.trainer.global_step or not isinstance(end.__context__, KeyboardInterrupt):
-                raise
-            self._release_folder()
-            print("halos_pl: interrupted before the first step; nothing is kept", file=sys.stderr)
-            raise SystemExit(130) from None
-        except (ValueError, MisconfigurationException) as error:
-            if self.trainer.global_step and not isinstance(error, (DataError, ModelError, CheckpointError)):
-                raise
-            if not self.trainer.global_step:
+        except BaseException as error:
+            end_children(getattr(self.trainer.strategy.launcher, "procs", ()), patience=10)
+            began = self.trainer.global_step
+            if not began:
                 self._release_folder()
-            raise UsageError(str(error)) from error
+            if isinstance(error, Preempted) and not began and self.folder is not None and self.folder.claimed:
+                raise Preempted(error.signum, " before the first step; nothing is kept") from None
+            told = isinstance(error, (DataError, ModelError, CheckpointError)) or is_out_of_memory(error)
+            if told or (not began and isinstance(error, (ValueError, MisconfigurationException))):
+                raise UsageError(str(error)) from error
+            raise
 
 
 def run(argv: list[str]) -> int:
     """Run a command of LightningCLI.
 
     Returns:
-        0; 2 for a mistake of the user's, told on stderr in one message; 130 after Ctrl-C, 143 after SIGTERM.
+        0; 2 for a mistake of the user's, told on stderr in one message; 128 + its number after a signal: 130 after
+        Ctrl-C, 138 after SIGUSR1, 143 after SIGTERM. A process that a watchdog ends has status 75.
     """
     quieten()
     register()
     try:
-        sys.argv[1:] = resolve_configs(argv)  # ranks that Lightning launches parse it again
-        HalosCLI()
-    except SIGTERMException:
-        print("halos_pl: ended by SIGTERM; go on with --name NAME --ckpt_path last", file=sys.stderr)
-        return 143
-    except SystemExit as end:  # Lightning turns Ctrl-C into it
-        if not isinstance(end.__context__, KeyboardInterrupt):
-            raise
-        print("halos_pl: interrupted; go on with --name NAME --ckpt_path last", file=sys.stderr)
-        return 130
+        with Signals() as signals:
+            sys.argv[1:] = resolve_configs(argv)  # ranks that Lightning launches parse it again
+            HalosCLI(signals)
+    except Preempted as end:
+        rank_zero_only(print)(f"halos_pl: {end}", file=sys.stderr)
+        return end.status
     except (UsageError, ConfigNotFound, RunError, DataError, ModelError, CheckpointError) as error:
         print(f"halos_pl: error: {error}", file=sys.stderr)
         return 2

@@ -35,10 +35,12 @@ FORMULAS = {
     "entropy": "mean entropy of the policy's next-token distribution at scored tokens, nats (log_entropy)",
     "completion_tokens": "mean scored tokens of a completion, EOS included",
     "grad_norm": "mean over the steps since the last log of the Euclidean norm of the whole gradient, before clipping",
+    "skipped": "optimizer steps of the run that were left out, their loss or gradient not being finite "
+    "(guards.nonfinite skip)",
     "lr": "learning rate of the first parameter group",
     "tokens_per_second": "unpadded tokens of x, y and y′ that were trained on a second, over all ranks",
 }
-"""Logged under `train/`, `val/` and `test/` (the last three under `train/` only)."""
+"""Logged under `train/`, `val/` and `test/` (the last four under `train/` only)."""
 
 SAMPLED = {
     "samples/verified": "share of sampled completions that the verifier accepts",

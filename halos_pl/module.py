@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halos_pl import resume
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, UnpairedBatch
-from halos_pl.losses import KTO, NaNError, Objective
+from halos_pl.losses import KTO, NaNError, Objective, nan_passes
 from halos_pl.metrics import Averages, TokenClock, Values, batch_values
 from halos_pl.models import (
     ModelError,
@@ -23,6 +23,7 @@ from halos_pl.models import (
 )
 from halos_pl.needs import data_needs, reference_source
 from halos_pl.pair import PairOptions, make_pair
+from halos_pl.ranks import several_ranks
 from halos_pl.schedule import Schedule
 from halos_pl.scoring import RunningMean, Scorer, compare, global_mean, per_token, reference_point, score_both
 from halos_pl.stepping import SteppedModule
@@ -103,6 +104,7 @@ class AlignmentModule(SteppedModule):
         self.running_mean = RunningMean() if objective.reference_point_from == "running_mean" else None
         self.val_averages, self._clock = Averages(), TokenClock()
         self._row: dict[str, Tensor | float] = {}  # the latest of training
+        self.nan_passes = False  # in training NaN is left to whoever is asked; with several ranks none may stop alone
 
     # ------------------------------------------------------------------------------------------ models
 
@@ -145,12 +147,13 @@ class AlignmentModule(SteppedModule):
         desirable = batch.desirable if isinstance(batch, (UnpairedBatch, PairedBatch)) else None
         if isinstance(batch, UnpairedBatch):
             scores = replace(scores, score=batch.score)
-        try:
-            losses = self.objective.losses(scores, desirable, z0)
-        except NaNError as error:
-            raise self._diverged(str(error)) from error
-        diagnostics = self.objective.diagnostics(scores, desirable)
-        return Evaluation(losses, scores, self.objective.rewards(scores), z0, kl_raw, diagnostics)
+        with nan_passes(several_ranks() or (self.nan_passes and self.training)):
+            try:
+                losses = self.objective.losses(scores, desirable, z0)
+            except NaNError as error:
+                raise self.diverged(str(error)) from error
+            diagnostics = self.objective.diagnostics(scores, desirable)
+            return Evaluation(losses, scores, self.objective.rewards(scores), z0, kl_raw, diagnostics)
 
     def score(self, rows: Sequences, *, entropy: bool = False) -> CompletionLogps:
         """Policy against reference on token rows; only the policy's part carries a gradient."""
@@ -169,10 +172,8 @@ class AlignmentModule(SteppedModule):
         if mismatched is None:
             return None, None
         logratio = self.score(mismatched).logratio
-        if self.is_reference_free:
-            kl_raw = global_mean(logratio)
-            return kl_raw, kl_raw
-        return reference_point(logratio), global_mean(logratio)
+        kl_raw = global_mean(logratio)
+        return (kl_raw if self.is_reference_free else reference_point(logratio)), kl_raw
 
     @property
     def is_reference_free(self) -> bool:
@@ -214,7 +215,7 @@ class AlignmentModule(SteppedModule):
             self.log_dict(row, logger=False)  # for progress bars and callbacks
 
     def _write_row(self) -> dict[str, Tensor | float]:
-        """The row of this step, if one is due: once, and before a checkpoint of the step, which is to go on after it."""
+        """The row of this step, if one is due: once, and before a checkpoint of the step, which goes on after it."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the trainer's connectors
         if self._stepped and every and not self.global_step % every:
             self._row = {f"train/{name}": value for name, value in self._training_values().items()}
@@ -235,15 +236,16 @@ class AlignmentModule(SteppedModule):
     def _training_values(self) -> dict[str, Tensor | float]:
         values: dict[str, Tensor | float] = dict(self.train_averages.compute())
         if not math.isfinite(values.get("loss", 0.0)):
-            raise self._diverged("the loss is not finite any more")
+            raise self.diverged("the loss is not finite any more")
         self.train_averages.reset()
+        values |= self.told
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         values["tokens_per_second"] = self._clock.rate() * self.trainer.world_size
         return values
 
-    def _diverged(self, what: str) -> ModelError:
+    def diverged(self, what: str, step: int | None = None) -> ModelError:
         remedy = "lower --model.optimizer.lr, or raise --model.warmup; nothing is exported"
-        return ModelError(f"{what} at step {self.global_step}: {remedy}")
+        return ModelError(f"{what} at step {self.global_step if step is None else step}: {remedy}")
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")

@@ -14,6 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 ENV = "HALOS_RUN_NAME"
 """Tells the name to the ranks that Lightning launches after the folder was claimed."""
 
+AUTO = "auto"
+"""Of `--ckpt_path`: the last checkpoint of the run that is named; where there is none yet, the run begins."""
+
 
 class RunError(ValueError):
     """The folder or the checkpoint that the user named cannot be used."""
@@ -72,22 +75,25 @@ def claim(runs: str, name: str | None, default: str, *, goes_on: bool) -> RunFol
     raise RunError(f"--name: {path} holds an earlier run; {going_on}take another name")
 
 
-def find_checkpoint(given: str, runs: str, name: str | None) -> Path:
-    """The folder of `--ckpt_path`: a path, or `last` or `best` of the run that is named.
+def find_checkpoint(given: str, runs: str, name: str | None) -> Path | None:
+    """The folder of `--ckpt_path`: a path, or `last` or `best` of the run that is named; for `auto` the last one, or
+    None before there is any.
 
     Raises:
         RunError: there is none, or it is no checkpoint.
     """
     path = Path(given)
-    if given in ("last", "best"):
+    if given in ("last", "best", AUTO):
         if name is None:
             raise RunError(f"--ckpt_path {given}: of which run? Name it with --name")
-        where = Path(runs, name, "checkpoints")
-        path = where / f"{given}.ckpt"
-        if given == "last" and not path.is_dir():  # a disk without links
+        where, which = Path(runs, name, "checkpoints"), "last" if given == AUTO else given
+        path = where / f"{which}.ckpt"
+        if which == "last" and not path.is_dir():  # a disk without links
             steps = [(int(x.name[5:-5]), x) for x in where.glob("step=*.ckpt") if x.name[5:-5].isdecimal()]
             path = max(steps)[1] if steps else path
         if not path.is_dir():
+            if given == AUTO:
+                return None
             raise RunError(f"--ckpt_path {given}: {Path(runs, name)} holds no such checkpoint")
     try:
         if not path.exists():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
 
 from halos_pl import resume
 from halos_pl.accumulation import StepMean
@@ -37,6 +39,8 @@ class SteppedModule(L.LightningModule):
         self.train_averages = Averages()
         self._step_mean, self._stepped = StepMean(), False
         self._fresh: resume.FreshSettings | None = None
+        self.told: dict[str, float] = {}  # what callbacks have for the rows of training
+        self.accepts_step: Callable[[Tensor], bool] | None = None  # asked with the norm of each step's gradient
 
     def on_train_start(self) -> None:
         self._step_mean.restart()
@@ -65,7 +69,10 @@ class SteppedModule(L.LightningModule):
     ) -> None:
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.train_averages.update({"grad_norm": (whole(norm)[None], None)})
+        told = whole(norm)
+        if self.accepts_step is not None and not self.accepts_step(told):
+            return
+        self.train_averages.update({"grad_norm": (told[None], None)})
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:

@@ -17,7 +17,11 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.value": set(),
     "halos_pl.accumulation": {"halos_pl.parallel"},
     "halos_pl.parallel": set(),
-    "halos_pl.checkpoints": {"halos_pl", "halos_pl.parallel", "lightning", "safetensors"},
+    "halos_pl.ranks": set(),
+    "halos_pl.signals": set(),
+    "halos_pl.watchdog": set(),
+    "halos_pl.memory": {"halos_pl.batch"},
+    "halos_pl.checkpoints": {"halos_pl", "halos_pl.parallel", "halos_pl.ranks", "lightning", "safetensors"},
     "halos_pl.fsdp": {"halos_pl.checkpoints", "halos_pl.parallel", "lightning"},
     "halos_pl.pair": {"halos_pl.models", "halos_pl.parallel", "halos_pl.scoring", "transformers"},
     "halos_pl.stepping": {
@@ -41,8 +45,8 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.metrics": {"halos_pl.batch", "torchmetrics"},
     "halos_pl.module": {
         *("halos_pl.batch", "halos_pl.losses", "halos_pl.metrics", "halos_pl.models", "halos_pl.needs"),
-        *("halos_pl.pair", "halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring", "halos_pl.stepping"),
-        *("halos_kernels", "lightning"),
+        *("halos_pl.pair", "halos_pl.ranks", "halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring"),
+        *("halos_pl.stepping", "halos_kernels", "lightning"),
     },
     "halos_pl.objective_choice": {"halos_pl.losses", "yaml"},
     "halos_pl.objectives": {"halos_pl", "halos_pl.halo", "halos_pl.losses"},
@@ -52,6 +56,12 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.run_folder": {"lightning"},
     "halos_pl.curves": {"lightning"},
     "halos_pl.run_parts": {"halos_pl.checkpoints", "halos_pl.curves", "lightning", "yaml"},
+    "halos_pl.run_record": {"halos_pl", "lightning"},
+    "halos_pl.preemption": {"halos_pl.ranks", "halos_pl.signals", "lightning"},
+    "halos_pl.guards": {
+        *("halos_pl.batch", "halos_pl.memory", "halos_pl.module", "halos_pl.ranks", "halos_pl.signals"),
+        *("halos_pl.watchdog", "lightning"),
+    },
     "halos_pl.model_card": {"halos_pl", "halos_pl.data", "halos_pl.module", "yaml"},
     "halos_pl.evaluate": {
         *("halos_pl.batch", "halos_pl.data", "halos_pl.models", "halos_pl.module"),

@@ -72,7 +72,9 @@ def fit(run: Run, tiny_model: Path, pairs_file: Path) -> Run:
 def test_fit_leaves_a_run_folder(fit: Run, pairs_file: Path, tiny_model: Path, tmp_path: Path, capsys: Any) -> None:
     assert fit(data__validation=pairs_file) == 0
     folder = tmp_path / "runs" / "kto"
-    assert {x.name for x in folder.iterdir()} == {"checkpoints", "config.yaml", "csv", "policy", "tensorboard"}
+    assert {x.name for x in folder.iterdir()} == {
+        *("checkpoints", "config.yaml", "csv", "environment.json", "policy", "tensorboard")
+    }
     links = {x.name: x.readlink().name for x in (folder / "checkpoints").iterdir() if x.is_symlink()}
     assert links == {"last.ckpt": "step=4.ckpt", "best.ckpt": "step=4.ckpt"}
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, SFTBatch, UnpairedBatch
 from halos_pl.data import AlignmentData
 from halos_pl.data.collate import sequences
+from halos_pl.guards import Guards
 from halos_pl.losses import BCO, DPO, IPO, KTO, OBJECTIVES, ORPO, SFT, Objective, PPOOffline, SimPO
 from halos_pl.metrics import FORMULAS, Averages, batch_values
 from halos_pl.module import AlignmentModule, Evaluation
 
-TRAIN_ONLY = {"grad_norm", "lr", "tokens_per_second"}
+TRAIN_ONLY = {"grad_norm", "skipped", "lr", "tokens_per_second"}
 
 
 def rows(*lengths: int) -> Sequences:
@@ -175,6 +176,7 @@ def logged(objective: Objective, model: Path, file: Path) -> dict[str, float]:
         accelerator="cpu",
         log_every_n_steps=1,
         logger=False,
+        callbacks=[Guards("skip")],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

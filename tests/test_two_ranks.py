@@ -67,6 +67,7 @@ def test_two_ranks_train_as_one_process_does(name: str, ranks: tuple[Results, Re
         ("running mean after 2", 28 / 9),  # a mean of the batches' means: 3.67; of the ranks': 2.95
         ("running mean after 3", 28 / 9),
         ("step gradient", 55 / 10),
+        ("agreed", 1.0),  # the group of it ends with the others: left over, it would abort the process
         ("average loss", 24 / 6),
         ("average rewards/desirable", 4.0),  # a class on one rank only
         ("average rewards/undesirable", 1.5),

@@ -23,6 +23,7 @@ from halos_pl.evaluate import Evaluation
 from halos_pl.losses import BCO, DPO, KTO, SFT, Objective
 from halos_pl.metrics import Averages
 from halos_pl.module import AlignmentModule
+from halos_pl.ranks import agree
 from halos_pl.scoring import RunningMean, global_mean, reference_point
 
 STEPS = 8
@@ -131,6 +132,7 @@ def uneven(rank: int) -> dict[str, float]:
     for k, micro_batch in enumerate((mine([6, 0], [3, 3, -2, 2]), mine([2, 7, 7], []), mine([], []))):
         found[f"running mean after {k + 1}"] = running(micro_batch).item()
     return found | {
+        "agreed": agree(rank, -1)[0],
         "step gradient": linear.weight.grad.item(),
         "mean of 2 and 4 rows": global_mean(mine([6, 0], [3, 3, -2, 2])).item(),
         "mean of 2 and 0 rows": global_mean(mine([1, 5], [])).item(),

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from halos_pl.checkpoints.errors import CheckpointError
 from halos_pl.checkpoints.folder import ASIDE, save_checkpoint
+from halos_pl.ranks import agree
 
 LAST, BEST, SCORES = "last.ckpt", "best.ckpt", "scores.json"
 GIB = 2**30
@@ -97,7 +98,7 @@ class Checkpoints(Checkpoint):
         if self.every_minutes is None:
             return False
         late = time.monotonic() - self._since >= 60 * self.every_minutes
-        return bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
+        return bool(agree(late and trainer.is_global_zero)[0])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.global_step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,5 +147,13 @@ def make_loader(
         "num_workers": options.num_workers,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": options.num_workers > 0,
+        "worker_init_fn": _ignore_signals if options.num_workers else None,
     }
     return DataLoader(**how) if place is None else PlacedLoader(place=place, **how)
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole run must not take the batches from a step that it still finishes: the run ends workers."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -7,7 +7,7 @@ reference, passes, formula and source of each: `python -m halos_pl objectives`.
 from __future__ import annotations
 
 from halos_pl.losses.bco import BCO, bco_loss
-from halos_pl.losses.checks import NaNError
+from halos_pl.losses.checks import NaNError, nan_passes
 from halos_pl.losses.dpo import CDPO, DPO, cdpo_loss, dpo_loss
 from halos_pl.losses.ipo import IPO, ipo_loss
 from halos_pl.losses.kto import KTO, APOZero, kto_loss
@@ -60,6 +60,7 @@ __all__ = [
     "ipo_loss",
     "kto_loss",
     "kto_v1_loss",
+    "nan_passes",
     "orpo_loss",
     "ppo_offline_loss",
     "sft_loss",

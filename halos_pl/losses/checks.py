@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -10,6 +13,23 @@ from torch import Tensor
 
 class NaNError(ValueError):
     """A log-probability or log-ratio is not a number."""
+
+
+_nan_passes = ContextVar("nan_passes", default=False)
+
+
+@contextmanager
+def nan_passes(allowed: bool = True) -> Iterator[None]:
+    """Within this context a NaN is no error: it goes through to the loss, where all ranks find it together.
+
+    Args:
+        allowed: False changes nothing.
+    """
+    token = _nan_passes.set(allowed or _nan_passes.get())
+    try:
+        yield
+    finally:
+        _nan_passes.reset(token)
 
 
 def check_positive(name: str, value: float, *, or_zero: bool = False) -> None:
@@ -32,7 +52,8 @@ def _is_number(value: object) -> bool:
 
 def check_floating(**tensors: Tensor) -> None:
     """Raises ValueError unless every tensor is floating point, all have one shape and dtype, and none holds a NaN (on
-    the CPU: elsewhere the look would wait for the device, and the step refuses a loss that is not finite)."""
+    the CPU and outside `nan_passes`: elsewhere the look would wait for the device, and the step refuses a loss that is
+    not finite)."""
     (first, leader), *_ = tensors.items()
     for name, x in tensors.items():
         if not x.is_floating_point():
@@ -40,7 +61,7 @@ def check_floating(**tensors: Tensor) -> None:
         if x.shape != leader.shape or x.dtype != leader.dtype:
             got = f"{list(x.shape)}" + (f" {x.dtype}" if x.dtype != leader.dtype else "")
             raise ValueError(f"{name} must be {list(leader.shape)} like {first}, got {got}")
-        if readable(x) and (bad := x.isnan()).any():
+        if readable(x) and not _nan_passes.get() and (bad := x.isnan()).any():
             raise NaNError(f"{name} must not be NaN, got {int(bad.sum())} NaN of {x.numel()} values")
 
 
