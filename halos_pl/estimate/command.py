@@ -145,7 +145,7 @@ def parser() -> ArgumentParser:
     if not any("model.lora" in x for action in own._actions for x in action.option_strings):
         add("--model.lora.r", type=NonNegativeInt, default=0, help="Rank of LoRA adapters; 0: all weights are trained.")
         add(
-            "--model.lora.targets",
+            "--model.lora.target_modules",
             type=list[str] | None,
             default=None,
             help="Linear layers that get one. Default: all.",
@@ -214,15 +214,18 @@ def _reference(options: Any, objective: Objective, source: ModelSource, lora: Lo
 
 
 def _lora(model: Any) -> Lora | None:
-    """The adapters, by whatever of `r` and its targets the module's options name."""
+    """The adapters that the module's options ask for; a rank that they leave open is 16."""
     own = model.get("lora")
-    values = own.as_dict() if hasattr(own, "as_dict") else own if isinstance(own, dict) else {}
-    values = values.get("init_args", values)
-    if not values.get("r"):
+    if own is None:
         return None
-    targets = values.get("targets") or values.get("target_modules")
-    every = targets in (None, "all-linear") or targets == ["all-linear"]
-    return Lora(int(values["r"]), None if every else (targets,) if isinstance(targets, str) else tuple(targets))
+    values = dict(own.as_dict() if hasattr(own, "as_dict") else own)
+    values.update(values.get("init_args") or {})
+    if values.get("quantize", "none") != "none":
+        raise PlanError(f"--model.lora.quantize {values['quantize']} is not estimated")
+    if values.get("r", 16) == 0:
+        return None
+    targets = values.get("target_modules")
+    return Lora(values.get("r") or 16, None if targets is None else tuple(targets))
 
 
 def _objective(spec: Any) -> Objective:

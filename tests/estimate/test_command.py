@@ -89,6 +89,8 @@ def test_exit_status_says_whether_it_fits(model: str, capsys: pytest.CaptureFixt
         (["--model.objective", "SFT"], {"reference": "none", "mismatched": False}),
         (["--model.reference", "none"], {"reference": "none", "mismatched": True}),
         (["--model.lora.r", "4"], {"reference": "adapter"}),
+        (["--model.lora.r", "4"], {"lora": {"r": 4, "targets": None}}),
+        (["--model.lora.r", "4", "--model.lora.target_modules", "[q_proj]"], {"lora": {"r": 4, "targets": ["q_proj"]}}),
         (["--model.lora.r", "4", "--reference", "resident"], {"reference": "resident"}),
         (["--gpus", "2", "--offload_reference", "true"], {"reference": "offloaded"}),
         (["--gpus", "2", "--reference_dtype", "bfloat16"], {"reference_bytes": 2, "compute": "bfloat16"}),
