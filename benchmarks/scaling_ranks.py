@@ -178,7 +178,8 @@ def measure(job: dict[str, Any], device: str) -> dict[str, Any]:
         "accumulated": between,
         "sent": counter.sent,
         "collectives": counter.collectives,
-        "peak": min(peaks),  # what is freed late is not needed
+        "peak": min(peaks),
+        "peaks": peaks,
     }
 
 

@@ -196,14 +196,15 @@ def measured() -> str:
     def rows() -> Iterator[tuple[str, ...]]:
         exact = [x for x in found if x["part"] == "ranks" and x["quantity"] != "peak"]
         equal = sum(x["measured"] == x["predicted"] for x in exact)
-        yield "held and sent by a rank, and in how many collectives", f"{len(exact)} figures", "", "", f"{equal} equal"
+        yield "held and sent by a rank, collectives", f"{equal} of {len(exact)} equal", "", "", ""
         for x in found:
             if x["quantity"] in ("peak", "kept"):
                 name = {"autograd": "kept by autograd", "head": "the head's peak", "ranks": "a step's peak"}
                 what = f"{name.get(x['part'], 'a step’s peak, no FSDP')}: {x['case']}"
-                yield what, f"{x['measured']:,}", f"{x['predicted']:,}", f"{x['ratio']:.3f}", ""
+                most = f"{max(x['peaks']) / x['predicted']:.3f}" if "peaks" in x else ""
+                yield what, f"{x['measured']:,}", f"{x['predicted']:,}", f"{x['ratio']:.3f}", most
 
-    return lines("what | measured, bytes | formula, bytes | measured / formula | ", rows())
+    return lines("what | measured, bytes | formula, bytes | measured / formula | most of three steps / formula", rows())
 
 
 TABLES: dict[str, Callable[[], str]] = {
