@@ -8,7 +8,7 @@ from io import TextIOWrapper
 
 from halos_pl import __version__
 
-COMMANDS = ("fit", "validate", "test", "predict", "data", "chat", "objectives", "plot", "doctor")
+COMMANDS = ("fit", "validate", "test", "predict", "data", "chat", "objectives", "estimate", "plot", "doctor")
 HELP = f"""\
 halos-pl {__version__}: align language models with human-aware losses.
 
@@ -22,6 +22,7 @@ commands:
   data       what a training would see of some rows: data inspect
   chat       talk to a model: chat DIR
   objectives every loss that ships, what it needs and what it costs
+  estimate   memory, communication and time of a step on GPUs, by formulas: estimate --gpus 8 ...
   plot       draw a figure of the KTO report: plot value-functions
   doctor     what is installed, which devices there are, and what is fast here
 
@@ -70,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         from halos_pl.objectives import main as objectives
 
         return objectives(argv[1:])
+    if argv[0] == "estimate":
+        from halos_pl.estimate.command import main as estimate
+
+        return estimate(argv[1:])
     if argv[0] == "plot":
         from halos_pl.plots.command import main as plot
 

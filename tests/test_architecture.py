@@ -95,6 +95,11 @@ LAYERS: dict[str, set[str]] = {
         *("halos_pl.needs", "halos_pl.objective_choice", "halos_pl.parser_errors", "halos_pl.quiet"),
         *("jsonargparse", "numpy", "pyarrow", "rich", "transformers", "yaml"),
     },
+    "halos_pl.estimate": {
+        *("halos_pl.config_files", "halos_pl.data", "halos_pl.evaluate", "halos_pl.losses", "halos_pl.models"),
+        *("halos_pl.module", "halos_pl.needs", "halos_pl.objective_choice", "halos_pl.parser_errors", "halos_pl.quiet"),
+        *("halos_kernels", "jsonargparse", "lightning", "rich", "transformers"),
+    },
     "halos_pl.plots": {"halos_pl.value", "matplotlib"},
     "halos_pl.doctor": {"halos_pl", "halos_kernels", "packaging", "rich", "triton"},
     "halos_pl.__main__": {
@@ -102,6 +107,7 @@ LAYERS: dict[str, set[str]] = {
         "halos_pl.chat",
         "halos_pl.cli",
         "halos_pl.doctor",
+        "halos_pl.estimate",
         "halos_pl.inspect",
         "halos_pl.objectives",
         "halos_pl.plots",

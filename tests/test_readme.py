@@ -16,6 +16,7 @@ import pytest
 from halos_pl import halo, objectives
 from halos_pl.__main__ import main
 from halos_pl.chat.command import parser as chat_options
+from halos_pl.estimate.command import parse as estimate_options
 from halos_pl.inspect.command import parser as inspect_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,9 @@ def test_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return
     if argv[3] == "data":
         assert inspect_options().parse_args(argv[5:]).data.train
+        return
+    if argv[3] == "estimate":
+        assert estimate_options(argv[4:]).gpus
         return
     if argv[3] == "doctor":
         assert argv[4:] in ([], ["--json"])
