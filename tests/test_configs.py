@@ -10,16 +10,19 @@ import yaml
 
 from halos_pl.cli import HalosCLI, run
 from halos_pl.config_files import resolve_configs, shipped_configs
+from halos_pl.fsdp import FSDP, register
 
 FILES = sorted(str(path.relative_to(shipped_configs())) for path in shipped_configs().rglob("*.yaml"))
-CONFIGS = [name for name in FILES if not name.startswith("data/")]  # a source of a hub dataset, for other configs
+DATA = [name for name in FILES if name.startswith("data/")]  # a source of a hub dataset, for other configs
+TRAINERS = [name for name in FILES if name.startswith("trainer/")]  # devices, for other configs
+CONFIGS = sorted(set(FILES) - {*DATA, *TRAINERS})
 
 
 def test_there_are_configs() -> None:
     assert {"kto.yaml", "dpo.yaml", "sft.yaml", "recipes/kto.yaml", "model/tiny-llama.yaml"} <= set(CONFIGS)
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - set(CONFIGS)))
+@pytest.mark.parametrize("name", DATA)
 def test_data_fragments_go_beside_a_recipe(
     name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -33,6 +36,27 @@ def test_data_fragments_go_beside_a_recipe(
         HalosCLI()
     source = yaml.safe_load(capsys.readouterr().out)["data"]["train"]
     assert (source["reader"], source["split"], source["path"]) == (reader, split, None)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainer_fragments_go_beside_a_recipe(
+    name: str, tiny_model: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instantiated on one CPU, for which devices, nodes and replicas become 1."""
+    monkeypatch.chdir(tmp_path)
+    assert (shipped_configs() / name).read_bytes().isascii()
+    argv = ["fit", "--config", "recipes/kto.yaml", "--config", name, "--model.policy", str(tiny_model)]
+    argv += ["--data.train", str(pairs_file), "--trainer.devices", "1", "--trainer.num_nodes", "1"]
+    argv += ["--trainer.accelerator", "cpu"]
+    sharded = "one-gpu" not in name
+    if "replicas" in (shipped_configs() / name).read_text():
+        argv += ["--trainer.strategy.replicas", "1"]
+    monkeypatch.setattr(sys, "argv", ["halos_pl", *resolve_configs(argv)])
+    monkeypatch.setattr(HalosCLI, "fit", lambda self, **kwargs: None, raising=False)
+    register()
+    cli = HalosCLI()
+    assert isinstance(cli.trainer.strategy, FSDP) == sharded
+    assert cli.trainer.precision == "bf16-mixed"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -33,7 +33,17 @@ from halos_pl.quiet import quieten
 
 MODEL = ("objective", "policy", "config", "tokenizer", "trust_remote_code")
 """Keys of the module that say how data are read."""
-OTHERS = ("trainer", "evaluation", "seed_everything", "name", "runs", "ckpt_path", "weights_only")
+OTHERS = (
+    "trainer",
+    "evaluation",
+    "checkpoints",
+    "guards",
+    "seed_everything",
+    "name",
+    "runs",
+    "ckpt_path",
+    "weights_only",
+)
 """Sections of a configuration of `fit`'s that say nothing about the data."""
 HELP = """\
 usage: python -m halos_pl data inspect --data.train FILE [--config FILE ...] [--KEY VALUE ...]
