@@ -20,8 +20,9 @@ from torch import Tensor
 from halos_pl.data import AlignmentData
 from halos_pl.evaluate import Evaluation
 from halos_pl.model_card import model_card
-from halos_pl.models import ModelError, export_policy
+from halos_pl.models import ModelError, export_adapter, export_policy, merged
 from halos_pl.module import AlignmentModule
+from halos_pl.scoring import SharedReference
 
 Metrics = dict[str, float]
 
@@ -112,10 +113,8 @@ class RunReport(L.Callback):
         data = getattr(trainer, "datamodule", None)
         assert isinstance(pl_module, AlignmentModule)
         assert isinstance(data, AlignmentData)
-        assert pl_module.policy is not None
         card = model_card(pl_module, data, self.before, self.after, steps=trainer.global_step)
-        made_here = pl_module.source.config is not None
-        export_policy(pl_module.policy.lm, data.sampling_tokenizer, self.folder / "policy", card, adopt_ids=made_here)
+        places = self._export(pl_module, data, card)
         evaluation = next((x for x in _all(trainer) if isinstance(x, Evaluation)), None)
         if self.after:
             self.console.print(self.table())
@@ -123,7 +122,6 @@ class RunReport(L.Callback):
                 self.console.print(samples)
         else:
             self._print("no held-out rows: --data.validation FILE shows how they fare before and after")
-        places = {"policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)"}
         if trainer.checkpoint_callback is not None:
             places["checkpoints"] = str(self.folder / "checkpoints")
         if logs := [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]:
@@ -132,6 +130,20 @@ class RunReport(L.Callback):
             places["samples"] = str(self.folder / "samples")
         places["settings"] = str(self.folder / "config.yaml")
         self._print("\n".join(f"{name:12} {place}" for name, place in places.items()))
+
+    def _export(self, module: AlignmentModule, data: AlignmentData, card: str) -> dict[str, str]:
+        """The policy, with adapters merged where they can be, and the adapters; what lies where."""
+        assert module.policy is not None
+        lm, places = module.policy.lm, {"policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)"}
+        if module.lora is not None:
+            export_adapter(lm, self.folder / "adapter", module.source.name)
+            places["adapter"] = f"{self.folder / 'adapter'}  (peft.PeftModel.from_pretrained)"
+            if module.lora.quantize != "none":
+                return places | {"policy": "not written: adapters are not merged into quantized weights"}
+            lm = merged(lm)
+        made_here = module.source.config is not None
+        export_policy(lm, data.sampling_tokenizer, self.folder / "policy", card, adopt_ids=made_here)
+        return places
 
     def table(self) -> Table:
         """Before and after, what was sampled first; a share with its interval stands on one line."""
@@ -193,7 +205,12 @@ def describe(module: AlignmentModule) -> str:
     trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
     source = module.source.name or "random weights"
     lines = [f"policy: {type(module.policy.lm).__name__}, {trained:,} trained parameters, from {source}"]
-    if module.reference_source is not None:
+    if module.lora is not None:
+        share = trained / module.policy.lm.num_parameters()
+        lines.append(f"adapters: {100 * share:.3g} % of all parameters are trained, {module.lora}")
+    if isinstance(module.reference, SharedReference):
+        lines.append(f"reference: {module.reference}")
+    elif module.reference_source is not None:
         lines.append(f"reference: {module.reference_source.name or 'random weights'}, frozen")
     return "\n".join([*lines, f"objective: {module.objective}"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,18 +18,20 @@ from halos_pl.accumulation import StepMean
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, UnpairedBatch
 from halos_pl.losses import KTO, NaNError, Objective
 from halos_pl.metrics import Averages, TokenClock, Values, batch_values
-from halos_pl.models import (
-    ModelError,
-    ModelSource,
-    check_precision,
-    enable_checkpointing,
-    find_head,
-    load_model,
-    verify_head,
-)
+from halos_pl.models import LoRA, ModelError, ModelSource, check_precision
 from halos_pl.needs import data_needs, reference_source
 from halos_pl.schedule import Schedule, learning_rate
-from halos_pl.scoring import RunningMean, Scorer, compare, global_mean, per_token, reference_point, score_both
+from halos_pl.scoring import (
+    Reference,
+    RunningMean,
+    Scorer,
+    compare,
+    global_mean,
+    load_pair,
+    per_token,
+    reference_point,
+    score_both,
+)
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -64,6 +65,7 @@ class AlignmentModule(L.LightningModule):
         attn_implementation: As in transformers: sdpa, eager, flash_attention_2 …
         trust_remote_code: Run model code that the folder or hub brings.
         init_seed: Of the random weights that `config` asks for.
+        lora: Train adapters beside frozen weights; `copy` is then the policy with its adapters off, no second model.
         optimizer: Any torch optimizer.
         schedule: Of the learning rate after the warm-up: constant, linear or cosine decay to 0 at the last step.
         warmup: Optimizer steps (an integer from 1 on), or a share of all steps (below 1).
@@ -83,6 +85,7 @@ class AlignmentModule(L.LightningModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         init_seed: int = 0,
+        lora: LoRA | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
         schedule: Schedule = "cosine",
         warmup: int | float = 0.1,
@@ -92,20 +95,22 @@ class AlignmentModule(L.LightningModule):
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be an instance such as KTO(beta=0.1), got {objective!r}")
         self.source = ModelSource(policy, config, dtype, dropout, attn_implementation, trust_remote_code, init_seed)
+        if lora is not None:
+            lora.check(self.source)
         self.reference_source = reference_source(objective, self.source, reference)
         tokenizer = tokenizer or policy
         if tokenizer is None:
             raise ValueError("--model.config brings no tokenizer: name one with --model.tokenizer FOLDER_OR_HUB_NAME")
         if not 0 <= warmup < math.inf or (warmup >= 1 and warmup != int(warmup)):
             raise ValueError(f"warmup must be a share in [0, 1) or a number of steps from 1 on, got {warmup}")
-        self.objective, self.schedule, self.warmup = objective, schedule, warmup
+        self.objective, self.schedule, self.warmup, self.lora = objective, schedule, warmup, lora
         self.optimizer_factory, self.log_entropy = optimizer, log_entropy
         self.gradient_checkpointing = gradient_checkpointing
-        self._settings = resume.settings(objective, optimizer, schedule)
+        self._settings = resume.settings(objective, optimizer, schedule) | {"lora": str(lora)}
         models = [self.source, *([self.reference_source] if self.reference_source else [])]
         self.data_needs = data_needs(objective, models, tokenizer, trust_remote_code=trust_remote_code)
         self.policy: Scorer | None = None
-        self.reference: Scorer | None = None
+        self.reference: Reference | None = None
         self.running_mean = RunningMean() if objective.reference_point_from == "running_mean" else None
         self.train_averages, self.val_averages = Averages(), Averages()
         self._step_mean, self._stepped = StepMean(), False
@@ -114,24 +119,22 @@ class AlignmentModule(L.LightningModule):
     # ------------------------------------------------------------------------------------------ models
 
     def setup(self, stage: str) -> None:
-        check_precision(str(self.trainer.precision), self.source.dtype, training=stage == "fit")
+        check_precision(str(self.trainer.precision), self.source.dtype, training=stage == "fit" and self.lora is None)
 
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        lm = load_model(self.source)
-        verify_head(lm, find_head(lm))
-        if self.reference_source is not None:
-            reference = copy.deepcopy(lm) if self.reference_source == self.source else load_model(self.reference_source)
-            verify_head(reference, find_head(reference))
-            self.reference = Scorer(reference).requires_grad_(False).eval()
-        if self.gradient_checkpointing:
-            enable_checkpointing(lm)
-        self.policy = Scorer(lm, value_head=self.objective.needs_value_head)
+        self.policy, self.reference = load_pair(
+            self.source,
+            self.reference_source,
+            self.lora,
+            value_head=self.objective.needs_value_head,
+            checkpointing=self.gradient_checkpointing,
+        )
 
     def train(self, mode: bool = True) -> AlignmentModule:
         super().train(mode)
-        if self.reference is not None:
+        if isinstance(self.reference, Scorer):
             self.reference.eval()
         return self
 

@@ -54,6 +54,7 @@ LAYERS: dict[str, set[str]] = {
             "halos_pl.model_card",
             "halos_pl.models",
             "halos_pl.module",
+            "halos_pl.scoring",
         ),
         *("lightning", "numpy", "rich"),
     },
