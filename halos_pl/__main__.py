@@ -8,7 +8,7 @@ from io import TextIOWrapper
 
 from halos_pl import __version__
 
-COMMANDS = ("fit", "validate", "test", "predict", "data", "chat", "objectives", "estimate", "plot", "doctor")
+COMMANDS = ("fit", "validate", "test", "predict", "export", "data", "chat", "objectives", "estimate", "plot", "doctor")
 HELP = f"""\
 halos-pl {__version__}: align language models with human-aware losses.
 
@@ -19,6 +19,7 @@ commands:
   validate   the held-out metrics of a policy
   test       the same on the test rows
   predict    score every test row and write runs/NAME/predictions.jsonl
+  export     write the policy of a checkpoint as a folder: export runs/NAME
   data       what a training would see of some rows: data inspect
   chat       talk to a model: chat DIR
   objectives every loss that ships, what it needs and what it costs
@@ -63,6 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         from halos_pl.inspect.command import main as data
 
         return data(argv[1:])
+    if argv[0] == "export":
+        from halos_pl.export_command import main as export
+
+        return export(argv[1:])
     if argv[0] == "chat":
         from halos_pl.chat.command import main as chat
 

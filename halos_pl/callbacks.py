@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from halos_pl.data import AlignmentData
 from halos_pl.evaluate import Evaluation
+from halos_pl.handover import hand_over, whole_weights
 from halos_pl.model_card import model_card
-from halos_pl.models import ModelError, export_policy
+from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
-from halos_pl.parallel import gathered
+from halos_pl.scoring import SharedReference
 
 Metrics = dict[str, float]
 
@@ -95,10 +95,7 @@ class RunReport(L.Callback):
         ended = trainer.global_step and not (self.folder / "policy").exists()  # then interrupted
         if self.trained or trainer.strategy.broadcast(bool(ended)):
             assert isinstance(pl_module, AlignmentModule)
-            assert pl_module.policy is not None
-            weights = None
-            if isinstance(pl_module.policy, FSDPModule):  # all ranks take part
-                weights = {k: x for k, x in gathered(pl_module.policy.lm.state_dict()) if x is not None}
+            weights = whole_weights(pl_module)  # all ranks take part
             self._write(trainer, pl_module, weights)
             trainer.strategy.barrier("halos_pl.export")
         elif step := trainer.global_step:
@@ -123,17 +120,8 @@ class RunReport(L.Callback):
         data = getattr(trainer, "datamodule", None)
         assert isinstance(pl_module, AlignmentModule)
         assert isinstance(data, AlignmentData)
-        assert pl_module.policy is not None
         card = model_card(pl_module, data, self.before, self.after, steps=trainer.global_step)
-        made_here = pl_module.source.config is not None
-        export_policy(
-            pl_module.policy.lm,
-            data.sampling_tokenizer,
-            self.folder / "policy",
-            card,
-            adopt_ids=made_here,
-            weights=weights,
-        )
+        places = hand_over(pl_module, data, self.folder, card, weights)
         evaluation = next((x for x in _all(trainer) if isinstance(x, Evaluation)), None)
         if self.after:
             self.console.print(self.table())
@@ -143,7 +131,6 @@ class RunReport(L.Callback):
             self._print("training had ended before, without an export; `validate` measures the held-out rows")
         else:
             self._print("no held-out rows: --data.validation FILE shows how they fare before and after")
-        places = {"policy": f"{self.folder / 'policy'}  (AutoModelForCausalLM.from_pretrained)"}
         if trainer.checkpoint_callback is not None:
             places["checkpoints"] = str(self.folder / "checkpoints")
         if logs := [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]:
@@ -213,7 +200,12 @@ def describe(module: AlignmentModule) -> str:
     trained = sum(p.numel() for p in module.policy.parameters() if p.requires_grad)
     source = module.source.name or "random weights"
     lines = [f"policy: {type(module.policy.lm).__name__}, {trained:,} trained parameters, from {source}"]
-    if module.reference_source is not None:
+    if module.lora is not None:
+        share = trained / module.policy.lm.num_parameters()
+        lines.append(f"adapters: {100 * share:.3g} % of all parameters are trained, {module.lora}")
+    if isinstance(module.reference, SharedReference):
+        lines.append(f"reference: {module.reference}")
+    elif module.reference_source is not None:
         lines.append(f"reference: {module.reference_source.name or 'random weights'}, frozen")
     return "\n".join([*lines, f"objective: {module.objective}"])
 

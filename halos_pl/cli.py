@@ -250,7 +250,9 @@ class HalosCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave no folder of a run that never began; errors of that time are the user's, told in one message."""
         untrained = subcommand != "fit" and self.config[subcommand].ckpt_path is None
-        if untrained and self.model.reference_source == self.model.source:
+        model, begins = self.model, self.model.lora is not None and self.model.lora.adapter is not None
+        same = model.reference_source is model.source if begins else model.reference_source == model.source
+        if untrained and same:
             rank_zero_only(print)(
                 "note: the reference is the policy itself, all log-ratios are 0: see --model.reference"
             )

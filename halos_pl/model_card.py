@@ -33,6 +33,8 @@ def model_card(
     if base is not None and not Path(base).expanduser().exists():  # a name on the hub
         header["base_model"] = base
     reference = "none" if module.reference_source is None else module.reference_source.name or "random weights"
+    if module.lora is not None and module.lora.adapter is not None and module.reference_source is module.source:
+        reference += f" with the adapter {module.lora.adapter}"
     versions = ", ".join(f"{x} {version(x)}" for x in ("lightning", "transformers"))
     count = f"{steps} optimizer step" + "s" * (steps != 1)
     lines = [
@@ -43,6 +45,7 @@ def model_card(
         f"- policy at the start: `{base or 'random weights'}`",
         f"- reference: `{reference}`",
         f"- objective: `{objective}`",
+        *([] if module.lora is None else [f"- trained by adapters: `{module.lora}`"]),
         *(
             f"- {stage} data: `{', '.join(x.name for x in data.sources[stage])}`: {dataset.report}"
             for stage, dataset in data.datasets.items()

@@ -16,16 +16,21 @@ from halos_pl import resume
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, UnpairedBatch
 from halos_pl.losses import KTO, NaNError, Objective, nan_passes
 from halos_pl.metrics import Averages, TokenClock, Values, batch_values
-from halos_pl.models import (
-    ModelError,
-    ModelSource,
-    check_precision,
-)
+from halos_pl.models import LoRA, ModelError, ModelSource, check_precision
 from halos_pl.needs import data_needs, reference_source
-from halos_pl.pair import PairOptions, make_pair
 from halos_pl.ranks import several_ranks
 from halos_pl.schedule import Schedule
-from halos_pl.scoring import RunningMean, Scorer, compare, global_mean, per_token, reference_point, score_both
+from halos_pl.scoring import (
+    Reference,
+    RunningMean,
+    Scorer,
+    compare,
+    global_mean,
+    load_pair,
+    per_token,
+    reference_point,
+    score_both,
+)
 from halos_pl.stepping import SteppedModule
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -61,6 +66,7 @@ class AlignmentModule(SteppedModule):
         attn_implementation: As in transformers: sdpa, eager, flash_attention_2 …
         trust_remote_code: Run model code that the folder or hub brings.
         init_seed: Of the random weights that `config` asks for.
+        lora: Train adapters beside frozen weights; `copy` is then the policy with its adapters off, no second model.
         optimizer: Any torch optimizer.
         schedule: Of the learning rate after the warm-up: constant, linear or cosine decay to 0 at the last step.
         warmup: Optimizer steps (an integer from 1 on), or a share of all steps (below 1).
@@ -81,6 +87,7 @@ class AlignmentModule(SteppedModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         init_seed: int = 0,
+        lora: LoRA | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
         schedule: Schedule = "cosine",
         warmup: int | float = 0.1,
@@ -90,17 +97,19 @@ class AlignmentModule(SteppedModule):
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be an instance such as KTO(beta=0.1), got {objective!r}")
         self.source = ModelSource(policy, config, dtype, dropout, attn_implementation, trust_remote_code, init_seed)
+        if lora is not None:
+            lora.check(self.source)
         self.reference_source = reference_source(objective, self.source, reference)
         tokenizer = tokenizer or policy
         if tokenizer is None:
             raise ValueError("--model.config brings no tokenizer: name one with --model.tokenizer FOLDER_OR_HUB_NAME")
-        self.objective, self.log_entropy = objective, log_entropy
+        self.objective, self.log_entropy, self.lora = objective, log_entropy, lora
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile
-        self._settings = resume.settings(objective, optimizer)
+        self._settings = resume.settings(objective, optimizer) | {"lora": str(lora)}
         models = [self.source, *([self.reference_source] if self.reference_source else [])]
         self.data_needs = data_needs(objective, models, tokenizer, trust_remote_code=trust_remote_code)
         self.policy: Scorer | None = None
-        self.reference: Scorer | None = None
+        self.reference: Reference | None = None
         self.running_mean = RunningMean() if objective.reference_point_from == "running_mean" else None
         self.val_averages, self._clock = Averages(), TokenClock()
         self._row: dict[str, Tensor | float] = {}  # the latest of training
@@ -109,24 +118,26 @@ class AlignmentModule(SteppedModule):
     # ------------------------------------------------------------------------------------------ models
 
     def setup(self, stage: str) -> None:
-        check_precision(str(self.trainer.precision), self.source.dtype, training=stage == "fit")
+        check_precision(str(self.trainer.precision), self.source.dtype, training=stage == "fit" and self.lora is None)
 
     def configure_model(self) -> None:
         if self.policy is not None:
             return
         strategy = None if self._trainer is None else self.trainer.strategy
-        options = PairOptions(
+        self.policy, self.reference = load_pair(
+            self.source,
+            self.reference_source,
+            self.lora,
             value_head=self.objective.needs_value_head,
-            gradient_checkpointing=self.gradient_checkpointing,
-            compile=self.compile_layers,
+            checkpointing=self.gradient_checkpointing,
+            compile_layers=self.compile_layers,
+            plan=getattr(strategy, "plan", None),  # of the strategy fsdp
             offload_reference=getattr(strategy, "offload_reference", False),
         )
-        plan = getattr(strategy, "plan", None)  # of the strategy fsdp
-        self.policy, self.reference = make_pair(self.source, self.reference_source, options, plan)
 
     def train(self, mode: bool = True) -> AlignmentModule:
         super().train(mode)
-        if self.reference is not None:
+        if isinstance(self.reference, Scorer):
             self.reference.eval()
         return self
 

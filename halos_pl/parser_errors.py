@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from jsonargparse import ArgumentParser
 
 SOURCE_KEYS = ("path", "reader", "split", "limit", "weight", "threshold", "columns", "streaming")
+LORA_KEYS = ("r", "alpha", "dropout", "target_modules", "rslora", "adapter", "quantize")
 Choices = Mapping[str, Mapping[str, type]]
 """Keys whose value is a class chosen by name, with the classes by name."""
 
@@ -22,7 +23,7 @@ def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:
         parser: of the subcommand, whose options are the valid keys.
         choices: classes that a key selects; their parameters are valid keys below it.
     """
-    keys = sorted(_keys(parser, choices))
+    keys, message = sorted(_keys(parser, choices)), _inside_lora(message)
     if told := of_a_source(message):
         return told
     if unknown := re.search(r"unrecognized arguments: --(\S+?)(?:[= ]|$)", message):
@@ -34,6 +35,8 @@ def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:
     key = at[1] if at[1] in keys else next((x for x in keys if x.endswith(f".{at[1]}")), at[1])
     got = re.search(r"(?:Got|Given) value: (.*)", message)
     value = got[1].strip().strip("'\"") if got else ""
+    if key == "model.lora":
+        return f"--{key}: got {value!r}; it takes {_listed(LORA_KEYS)}, as in --model.lora.r 16"
     if key in choices and (own := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", message, re.DOTALL)):
         return f"--{key}: {own[1]!r}: {' '.join(own[2].split())}; a class of your own is FILE.NAME, of this folder"
     if key in choices:
@@ -48,9 +51,22 @@ def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:
 
 
 def of_a_source(message: str) -> str | None:
-    """What `Source` says of its values, out of the parser's words about all forms that a source may have."""
+    """What `Source` says of its values, out of the parser's words about all forms that it may have; `LoRA` too."""
+    if told := re.search(r"^\s*- (lora\.\w+ .*)$", message, re.MULTILINE):
+        return f"--model.{told[1]}"
     told = re.search(rf"^\s*- ((?:{'|'.join(SOURCE_KEYS)}): .*)$", message, re.MULTILINE)
     return told and f"a source of data: {told[1]}"
+
+
+def _inside_lora(message: str) -> str:
+    """Of a key below `model.lora`, which may also be null: as if the key stood alone, with its whole name."""
+    body = message.rpartition("- Expected a <class 'NoneType'>")[0]
+    if not re.search(r'(?:Parser key|Key) "model\.lora":', body):
+        return message
+    if inner := re.search(r'(?:Parser key|Key) "(\w+)"', body):
+        return f'Parser key "model.lora.{inner[1]}"' + body[inner.end() :]
+    unknown = re.search(r"Option '(\w+)' is not accepted", body)
+    return f"Option 'model.lora.{unknown[1]}' is not accepted" if unknown else message
 
 
 def _keys(parser: ArgumentParser, choices: Choices) -> set[str]:
@@ -59,6 +75,7 @@ def _keys(parser: ArgumentParser, choices: Choices) -> set[str]:
         for choice in classes.values():
             keys |= {f"{key}.{name}" for name in _parameters(choice)}
     keys |= {f"data.{part}.{name}" for part in ("train", "validation", "test") for name in SOURCE_KEYS}
+    keys |= {f"model.lora.{name}" for name in LORA_KEYS}
     return {key for key in keys if not key.endswith("+")}
 
 

@@ -43,8 +43,10 @@ def check(checkpoint: Mapping[str, Any], settings: Mapping[str, str]) -> None:
     ]
     if changed:
         raise ModelError(
-            "a run goes on with its own objective and optimizer, but " + "; ".join(changed) + "; to begin anew from "
-            "the trained weights, give the exported folder to --model.policy"
+            "a run goes on with its own objective, optimizer and adapters, but "
+            + "; ".join(changed)
+            + "; to begin anew "
+            "from the trained weights, give the exported folder to --model.policy"
         )
 
 

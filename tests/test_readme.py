@@ -17,6 +17,7 @@ from halos_pl import halo, objectives
 from halos_pl.__main__ import main
 from halos_pl.chat.command import parser as chat_options
 from halos_pl.estimate.command import parse as estimate_options
+from halos_pl.export_command import parser as export_options
 from halos_pl.inspect.command import parser as inspect_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,9 @@ def test_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return
     if argv[3] == "data":
         assert inspect_options().parse_args(argv[5:]).data.train
+        return
+    if argv[3] == "export":
+        assert export_options().parse_args(argv[4:]).run
         return
     if argv[3] == "estimate":
         assert estimate_options(argv[4:]).gpus

@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halos_pl.checkpoints import CheckpointError, open_checkpoint
 from halos_pl.data.records import DataWarning
+from halos_pl.export_command import export
 from halos_pl.losses import BCO
+from halos_pl.run_folder import RunError
 
 WORKER = Path(__file__).with_name("resume_worker.py")
 WORK = runpy.run_path(str(WORKER))
@@ -118,6 +123,40 @@ def test_two_ranks_go_on_as_one_with_smaller_micro_batches(
     (tmp_path / "run").symlink_to(ranks[0] / "sharded")
     part = WORK["resumed"](case, files, tmp_path / "run", step)
     assert part["rows"] == [row for row in alone["rows"] if row[0] >= step]
+
+
+@pytest.mark.parametrize("name", WORK["RANKED"])
+def test_a_checkpoint_of_two_ranks_exports_in_one_process(
+    name: str, ranks: tuple[Path, Results, Results], files: dict[str, str], tmp_path: Path
+) -> None:
+    whole = ranks[1][name]["whole"]
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").symlink_to(ranks[0] / name / "checkpoints")
+    settings = {"model": {"policy": files["model"]}, "data": {"train": files["thumbs"]}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    places = export(folder)
+    assert str(folder / "policy") in places["policy"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    assert torch.equal(torch.cat([p.flatten() for p in model.parameters()]), whole["parameters"])
+    assert AutoTokenizer.from_pretrained(folder / "policy").eos_token == "</s>"
+    assert f"for {whole['steps']} optimizer steps" in (folder / "policy" / "README.md").read_text()
+    assert str(folder / f"policy-step={whole['steps']}") in export(folder)["policy"]
+    stored = open_checkpoint(folder / "checkpoints" / "last.ckpt").tensors().shapes
+    assert not [x for x in stored if "reference" in x]
+    assert len([x for x in stored if x.startswith("model.")]) == len([*model.parameters()])
+
+
+def test_what_export_refuses(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        export(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {}")
+    with pytest.raises(RunError, match="holds no such checkpoint"):
+        export(tmp_path)
+    (tmp_path / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "last.ckpt" / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        export(tmp_path)
 
 
 def test_other_rows_in_mid_epoch_are_told(files: dict[str, str], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from halos_pl.nano.shipped import locate
@@ -38,6 +38,7 @@ class ModelSource:
         attn_implementation: as in transformers; None takes its default.
         trust_remote_code: run model code that the folder or the hub brings.
         seed: of random weights.
+        quantize: none, 4bit or 8bit: of pretrained weights, by bitsandbytes.
     """
 
     name: str | None = None
@@ -47,6 +48,7 @@ class ModelSource:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
+    quantize: str = "none"
 
     def __post_init__(self) -> None:
         if (self.name is None) == (self.config is None):
@@ -148,7 +150,21 @@ def _options(source: ModelSource) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "trust_remote_code": source.trust_remote_code}
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
+    if source.quantize != "none":
+        options["quantization_config"] = _quantization(source.quantize)
     return options
+
+
+def _quantization(bits: str) -> BitsAndBytesConfig:
+    """Of QLoRA (Dettmers et al. 2023): 4-bit NormalFloat with doubly quantized scales; or LLM.int8()."""
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def check_precision(precision: str, dtype: str, *, training: bool) -> None:
@@ -210,6 +226,11 @@ def _read_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
         near = difflib.get_close_matches(str(path), siblings, n=3, cutoff=0.6)
         raise ModelError(f"no model folder {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
     if looks_local and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            base = _read_json(path / "adapter_config.json").get("base_model_name_or_path") or "ITS_BASE"
+            raise ModelError(
+                f"{name} is an adapter, not a model: --model.policy {base} --model.lora.adapter {name} goes on with it"
+            )
         held = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
         raise ModelError(f"{name} is not a model folder: it has no config.json (it holds {held})")
     try:

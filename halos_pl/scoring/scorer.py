@@ -40,7 +40,8 @@ class Scorer(nn.Module):
         self.value_head: nn.Linear | None = None
         if value_head:
             weight = find_head(lm).weight
-            self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+            dtype = weight.dtype if weight.requires_grad else torch.promote_types(weight.dtype, torch.float32)
+            self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
@@ -69,7 +70,9 @@ class Scorer(nn.Module):
             softcap=own.softcap,
             entropy=entropy,
         )
-        value = None if self.value_head is None else self.value_head(predicting)[:, 0].to(out.logp.dtype)
+        if self.value_head is None:
+            return TokenScores(out.logp, out.entropy)
+        value = self.value_head(predicting.to(self.value_head.weight.dtype))[:, 0].to(out.logp.dtype)
         return TokenScores(out.logp, out.entropy, value)
 
     def generate(self, ids: Tensor, **options: Any) -> Tensor:
@@ -84,14 +87,19 @@ class Scorer(nn.Module):
 
 
 def score_both(
-    policy: Scorer, reference: Scorer, rows: Sequences, *, entropy: bool = False
+    policy: Scorer,
+    reference: Scorer | Callable[[Sequences], TokenScores],
+    rows: Sequences,
+    *,
+    entropy: bool = False,
 ) -> tuple[TokenScores, TokenScores]:
     """Policy and reference on the same rows; only the policy's part carries a gradient.
 
     Where gradients are off (and there is no value head), both heads go in one launch, inside both forwards, and
-    `entropy` is of both.
+    `entropy` is of both. A reference that is no model of its own (`SharedReference`) goes first, alone: sharded weights
+    are not whole twice.
     """
-    if torch.is_grad_enabled() or policy.value_head is not None:
+    if torch.is_grad_enabled() or policy.value_head is not None or not isinstance(reference, Scorer):
         with torch.no_grad():
             frozen = reference(rows)
         return policy(rows, entropy=entropy), frozen
