@@ -23,7 +23,7 @@ from halos_pl.checkpoints import CheckpointError, Checkpoints, FolderIO
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.evaluate import Evaluation
-from halos_pl.fsdp import register
+from halos_pl.fsdp import refuse_others, register
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 from halos_pl.nano.shipped import refuse_mixture
@@ -146,8 +146,9 @@ class HalosCLI(LightningCLI):
 
         All data are read and checked first, so that a folder is made only for a run that can begin.
         """
-        self._read_data()
         config = self._get(self.config_init, "trainer")
+        refuse_others(config.get("strategy"))
+        self._read_data()
         if config.get("default_root_dir") is not None:
             raise UsageError("--trainer.default_root_dir: runs go to the folder of --runs")
         if config.get("overfit_batches"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halos_pl import resume
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, UnpairedBatch
+from halos_pl.fsdp import refuse_others
 from halos_pl.losses import KTO, NaNError, Objective
 from halos_pl.metrics import Averages, TokenClock, Values, batch_values
 from halos_pl.models import (
@@ -106,6 +107,7 @@ class AlignmentModule(SteppedModule):
     # ------------------------------------------------------------------------------------------ models
 
     def setup(self, stage: str) -> None:
+        refuse_others(self.trainer.strategy)
         check_precision(str(self.trainer.precision), self.source.dtype, training=stage == "fit")
 
     def configure_model(self) -> None:

@@ -17,7 +17,7 @@ from halos_pl.models import (
     load_skeleton,
     verify_head,
 )
-from halos_pl.parallel import Plan, decoder_layers
+from halos_pl.parallel import Layout, Plan, adopt, decoder_layers, layout
 from halos_pl.scoring import Scorer
 
 
@@ -53,7 +53,7 @@ def make_pair(
         plan: how they are sharded; None where they stay whole.
 
     Raises:
-        ModelError: on every rank, what the first one found.
+        ModelError: on every rank, what one of them found.
     """
     lm = _load(policy, plan)
     other = None
@@ -76,14 +76,17 @@ def _load(source: ModelSource, plan: Plan | None) -> PreTrainedModel:
 
     if plan is None or dist.get_world_size() == 1:
         return read()
-    lm, said = None, [""]
+    lm, first, said = None, dist.get_rank() == 0, ""
     try:
-        lm = read() if dist.get_rank() == 0 else load_skeleton(source)
+        lm = read() if first else load_skeleton(source)
     except ModelError as error:
-        said = [str(error)]
-    dist.broadcast_object_list(said, 0)  # the first rank's error is that of all
-    if said[0] or lm is None:
-        raise ModelError(said[0])
+        said = str(error)
+    told: list[tuple[str, Layout]] = [("", {})] * dist.get_world_size()
+    dist.all_gather_object(told, (said, layout(lm) if lm is not None and first else {}))
+    if lm is None or any(error for error, _ in told):  # one rank's error is that of all
+        raise ModelError(next(error for error, _ in told if error))
+    if not first:
+        adopt(lm, told[0][1])
     return lm
 
 

@@ -40,7 +40,14 @@ LAYERS: dict[str, set[str]] = {
     "halos_pl.scoring": {"halos_pl.batch", "halos_pl.models", "halos_kernels", "transformers"},
     "halos_pl.metrics": {"halos_pl.batch", "torchmetrics"},
     "halos_pl.module": {
-        *("halos_pl.batch", "halos_pl.losses", "halos_pl.metrics", "halos_pl.models", "halos_pl.needs"),
+        *(
+            "halos_pl.batch",
+            "halos_pl.fsdp",
+            "halos_pl.losses",
+            "halos_pl.metrics",
+            "halos_pl.models",
+            "halos_pl.needs",
+        ),
         *("halos_pl.pair", "halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring", "halos_pl.stepping"),
         *("halos_kernels", "lightning"),
     },
