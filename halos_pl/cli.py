@@ -22,7 +22,7 @@ from halos_pl.checkpoints import CheckpointError, Checkpoints, FolderIO
 from halos_pl.config_files import ConfigNotFound, resolve_configs
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.evaluate import Evaluation
-from halos_pl.fsdp import register
+from halos_pl.fsdp import refuse_others, register
 from halos_pl.guards import Guards
 from halos_pl.memory import is_out_of_memory
 from halos_pl.models import ModelError
@@ -155,8 +155,9 @@ class HalosCLI(LightningCLI):
 
         All data are read and checked first, so that a folder is made only for a run that can begin.
         """
-        self._read_data()
         config = self._get(self.config_init, "trainer")
+        refuse_others(config.get("strategy"))
+        self._read_data()
         if config.get("default_root_dir") is not None:
             raise UsageError("--trainer.default_root_dir: runs go to the folder of --runs")
         if config.get("overfit_batches"):

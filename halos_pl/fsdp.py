@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+)
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -19,6 +26,14 @@ from torch.optim import Optimizer
 
 from halos_pl.checkpoints import open_checkpoint, save_checkpoint
 from halos_pl.parallel import Plan
+
+NAMES = ("fsdp", "fsdp2")
+
+
+class MixedAtBorders(Precision):
+    """Mixed precision in name: FSDP2 casts at the borders of its units, and the trainer casts nothing."""
+
+    precision = "bf16-mixed"
 
 
 class FSDP(ModelParallelStrategy):
@@ -76,13 +91,12 @@ class FSDP(ModelParallelStrategy):
             )
         shape = (world,) if self.replicas == 1 else (self.replicas, world // self.replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        mixed = isinstance(self.precision_plugin, MixedPrecision)
-        if mixed:  # FSDP2 casts at the borders of its units
+        if isinstance(self.precision_plugin, MixedPrecision):
             if self.precision_plugin.precision != "bf16-mixed":
                 raise ValueError("strategy fsdp: of the mixed precisions, bf16-mixed alone")
-            self.precision_plugin = Precision()
+            self.precision_plugin = MixedAtBorders()
         self._device_mesh = mesh
-        self.plan = Plan(mesh, device, mixed)
+        self.plan = Plan(mesh, device, isinstance(self.precision_plugin, MixedAtBorders))
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -150,9 +164,30 @@ class FSDP(ModelParallelStrategy):
         ParallelStrategy.load_optimizer_state_dict(self, checkpoint)
 
 
+def refuse_others(strategy: Strategy | str | None) -> None:
+    """Of Lightning's strategies, those on one device and DDP alone leave both models and their heads as they are.
+
+    Args:
+        strategy: or its name.
+
+    Raises:
+        ValueError: naming what to take.
+    """
+    if isinstance(strategy, str):
+        name, fits = strategy, strategy in NAMES or not strategy.startswith(("deepspeed", "fsdp", "model_parallel"))
+    else:
+        name = type(strategy).__name__
+        fits = strategy is None or isinstance(strategy, (FSDP, DDPStrategy, SingleDeviceStrategy))
+    if not fits:
+        raise ValueError(
+            f"--trainer.strategy {name} does not go with two models behind one loss: `fsdp` shards both over all "
+            "devices, `ddp` gives each device a copy"
+        )
+
+
 def register() -> None:
     """Make `fsdp` and `fsdp2` names of the strategy; Lightning's own `fsdp` is FSDP1."""
-    for name in ("fsdp", "fsdp2"):
+    for name in NAMES:
         StrategyRegistry.register(name, FSDP, description="FSDP2: policy and reference in shards", override=True)
     if "fsdp" in (known := FSDPStrategy.get_registered_strategies()):
         known.remove("fsdp")  # those are refused on CPUs

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halos_pl import resume
 from halos_pl.batch import Batch, CompletionLogps, PairedBatch, Sequences, UnpairedBatch
+from halos_pl.fsdp import refuse_others
 from halos_pl.losses import KTO, NaNError, Objective, nan_passes
 from halos_pl.metrics import Averages, TokenClock, Values, batch_values
 from halos_pl.models import LoRA, ModelError, ModelSource, check_precision
@@ -118,6 +119,7 @@ class AlignmentModule(SteppedModule):
     # ------------------------------------------------------------------------------------------ models
 
     def setup(self, stage: str) -> None:
+        refuse_others(self.trainer.strategy)
         check_precision(str(self.trainer.precision), self.source.dtype, training=stage == "fit" and self.lora is None)
 
     def configure_model(self) -> None:

@@ -46,8 +46,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "halos_pl.metrics": {"halos_pl.batch", "torchmetrics"},
     "halos_pl.module": {
-        *("halos_pl.batch", "halos_pl.losses", "halos_pl.metrics", "halos_pl.models", "halos_pl.needs"),
-        *("halos_pl.ranks", "halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring"),
+        *("halos_pl.batch", "halos_pl.fsdp", "halos_pl.losses", "halos_pl.metrics", "halos_pl.models"),
+        *("halos_pl.needs", "halos_pl.ranks", "halos_pl.resume", "halos_pl.schedule", "halos_pl.scoring"),
         *("halos_pl.stepping", "halos_kernels", "lightning"),
     },
     "halos_pl.objective_choice": {"halos_pl.losses", "yaml"},

@@ -51,7 +51,7 @@ class Plan:
         full = None
         if several and dist.get_rank() == 0:  # detached: sharding takes the module's own to the device
             full = {name: x.detach() for name, x in (*root.named_parameters(), *root.named_buffers())}
-        for layer in decoder_layers(root):
+        for layer in _apart(decoder_layers(root), root):
             fully_shard(layer, **policy)
         fully_shard(root, **policy)
         for method in methods:
@@ -64,20 +64,64 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a decoder: the members of the outermost lists of modules, in whatever family of models.
 
     Experts of a mixture, which stand in a list inside a layer, belong to their layer. A list whose members have no
-    weights is none.
+    weights, or no parts (bare projections), is none.
     """
     found: list[nn.Module] = []
 
     def look(module: nn.Module) -> None:
         for child in module.children():
             members = list(child) if isinstance(child, nn.ModuleList) else []
-            if members and any(next(member.parameters(), None) is not None for member in members):
-                found.extend(member for member in members if next(member.parameters(), None) is not None)
+            layers = [x for x in members if any(True for _ in x.children()) and next(x.parameters(), None) is not None]
+            if layers:
+                found.extend(layers)
             else:
                 look(child)
 
     look(model)
     return found
+
+
+def _apart(layers: list[nn.Module], root: nn.Module) -> list[nn.Module]:
+    """Those that share no weight with another layer or with the rest (Zamba's do): a weight belongs to one unit."""
+    owners: dict[int, set[int]] = {}
+    inside = {id(module): k for k, layer in enumerate(layers) for module in layer.modules()}
+    for module in root.modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), set()).add(inside.get(id(module), -1))
+    for k, layer in enumerate(layers):  # a module that stands in several of them
+        for p in layer.parameters():
+            owners[id(p)].add(k)
+    return [layer for layer in layers if all(len(owners[id(p)]) == 1 for p in layer.parameters())]
+
+
+Layout = dict[str, tuple[str, torch.Size, torch.dtype]]
+"""Of each weight and buffer by name: the first name of the same tensor, shape and dtype."""
+
+
+def layout(model: nn.Module) -> Layout:
+    """What the tensors of a model are, and which are tied."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = {id(x): name for name, x in reversed(named)}
+    return {name: (first[id(x)], x.shape, x.dtype) for name, x in named}
+
+
+def adopt(skeleton: nn.Module, wanted: Layout) -> None:
+    """Give a model on the meta device another one's tensors: the weights of a checkpoint decide dtypes, and whether
+    embedding and head are one.
+
+    Args:
+        skeleton: of the same configuration.
+        wanted: `layout` of the other model.
+    """
+    made: dict[str, Tensor] = {}
+    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    for name, (first, shape, dtype) in wanted.items():
+        owner, _, key = name.rpartition(".")
+        if first == name:
+            made[name] = torch.empty(shape, dtype=dtype, device="meta")
+            if name in parameters:
+                made[name] = nn.Parameter(made[name], skeleton.get_parameter(name).requires_grad)
+        setattr(skeleton.get_submodule(owner), key, made[first])
 
 
 def _fill(model: nn.Module, full: Mapping[str, Tensor] | None, device: torch.device, home: torch.device) -> None:

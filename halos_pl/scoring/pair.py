@@ -22,7 +22,7 @@ from halos_pl.models import (
     load_skeleton,
     verify_head,
 )
-from halos_pl.parallel import Plan, decoder_layers
+from halos_pl.parallel import Plan, adopt, decoder_layers, layout
 from halos_pl.scoring.scorer import Scorer
 from halos_pl.scoring.shared_reference import SharedReference
 
@@ -94,7 +94,13 @@ def _load(source: ModelSource, plan: Plan | None) -> PreTrainedModel:
         verify_head(lm, find_head(lm))
         return lm
 
-    return _told(read, plan)
+    lm = _told(read, plan)
+    if plan is not None and dist.get_world_size() > 1:
+        told = [layout(lm)]  # the weights decide what is tied
+        dist.broadcast_object_list(told, 0)
+        if dist.get_rank():
+            adopt(lm, told[0])
+    return lm
 
 
 def _told(work: Callable[[], T], plan: Plan | None) -> T:
