@@ -85,6 +85,7 @@ class HalosCLI(LightningCLI):
 
     def __init__(self) -> None:
         self.folder: RunFolder | None = None
+        self._begins_again = False  # a run that left no checkpoint
         super().__init__(
             AlignmentModule,
             AlignmentData,
@@ -133,7 +134,12 @@ class HalosCLI(LightningCLI):
         if options.ckpt_path is None:
             return
         path = find_checkpoint(options.ckpt_path, options.runs, options.name)
-        options.ckpt_path = str(path)
+        if path is None and self.config.subcommand != "fit":
+            raise RunError(f"--ckpt_path last: {Path(options.runs, options.name)} ended before its first checkpoint")
+        if path is None:
+            folder = Path(options.runs, options.name)
+            rank_zero_only(print)(f"note: {folder} ended before its first checkpoint; it begins again")
+        self._begins_again, options.ckpt_path = path is None, None if path is None else str(path)
 
     def instantiate_classes(self) -> None:
         try:
@@ -216,7 +222,7 @@ class HalosCLI(LightningCLI):
         if options.name is not None:
             own = Path(options.runs, options.name).resolve()
             from_itself = options.ckpt_path is not None and own in Path(options.ckpt_path).resolve().parents
-            goes_on = from_itself or self.subcommand == "predict"
+            goes_on = from_itself or self._begins_again or self.subcommand == "predict"
         default = type(self.model.objective).__name__.lower()
         self.folder = claim(options.runs, options.name, default, goes_on=goes_on)
         return self.folder.path

@@ -102,6 +102,7 @@ class AlignmentModule(SteppedModule):
         self.reference: Scorer | None = None
         self.running_mean = RunningMean() if objective.reference_point_from == "running_mean" else None
         self.val_averages, self._clock = Averages(), TokenClock()
+        self._row: dict[str, Tensor | float] = {}  # of the step that was just taken, where it is logged
 
     # ------------------------------------------------------------------------------------------ models
 
@@ -208,13 +209,20 @@ class AlignmentModule(SteppedModule):
         if self.source.dropout:  # the same noise, however often the run is resumed
             torch.manual_seed(resume.noise_seed(self.source.seed, self.trainer))
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if not self._stepped:
-            return
-        self._stepped = False
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """The end of an optimizer step. Its row is written here, before callbacks see the step: a checkpoint of it
+        would hold sums that are out, or be followed by a death before they are."""
+        super().lr_scheduler_step(scheduler, metric)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the trainer's connectors
         if every and not self.global_step % every:
-            self.log_dict({f"train/{name}": value for name, value in self._training_values().items()})
+            self._row = {f"train/{name}": value for name, value in self._training_values().items()}
+            told: dict[str, Any] = {**self._row, "epoch": self.current_epoch}
+            self.trainer._logger_connector.log_metrics(told, step=self.global_step - 1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self._row:
+            self.log_dict(self._row, logger=False)  # for callbacks
+            self._row = {}
 
     def on_train_end(self) -> None:
         """The steps after the last logged one; Lightning's `log` is over."""

@@ -24,9 +24,9 @@ def loggers(folder: Path, resumed_from: str | None, every: int | None) -> list[A
         resumed_from: its checkpoint, if the run goes on.
         every: steps between two rows of training.
     """
-    step = None if resumed_from is None else open_checkpoint(Path(resumed_from)).step
+    step = 0 if resumed_from is None else open_checkpoint(Path(resumed_from)).step
     board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=step)
-    return [board, Curves(folder / "csv", before(step or 0, every))]
+    return [board, Curves(folder / "csv", before(step, every))]
 
 
 def changes(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:

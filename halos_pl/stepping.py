@@ -35,7 +35,7 @@ class SteppedModule(L.LightningModule):
             raise ValueError(f"warmup must be a share in [0, 1) or a number of steps from 1 on, got {warmup}")
         self.optimizer_factory, self.schedule, self.warmup = optimizer, schedule, warmup
         self.train_averages = Averages()
-        self._step_mean, self._stepped = StepMean(), False
+        self._step_mean = StepMean()
         self._fresh: resume.FreshSettings | None = None
 
     def on_train_start(self) -> None:
@@ -55,7 +55,6 @@ class SteppedModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._step_mean.rescale(self.parameters(), self.trainer.accumulate_grad_batches)
-        self._stepped = True
 
     def configure_gradient_clipping(
         self,

@@ -112,6 +112,18 @@ class Checkpoints(Checkpoint):
             raise CheckpointError(f"--checkpoints.monitor {self.monitor}: no such value; a validation logs {known}")
         self.save(trainer, float(score))
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that goes on from its last step saves nothing; what an earlier start of it left to do is done here."""
+        path = _origin(trainer)
+        if (
+            self._saved is None
+            and self.folder is not None
+            and path is not None
+            and path.parent == self.folder.resolve()
+        ):
+            step = trainer.global_step
+            self._tidy(self._of(step), step, self._scores().get(step))
+
     # ------------------------------------------------------------------------------------------ writing
 
     def save(self, trainer: L.Trainer, score: float | None = None) -> Path:
@@ -127,7 +139,9 @@ class Checkpoints(Checkpoint):
         assert self.folder is not None
         step = trainer.global_step
         path = self.folder / f"step={step}.ckpt"
-        if self._saved != step:
+        if (
+            self._saved != step and _origin(trainer) != path.resolve()
+        ):  # what the run went on from is never written anew
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             full = not getattr(trainer.strategy, "_save_distributed_checkpoint", False)
             save_checkpoint(checkpoint, path, full=full)
@@ -138,19 +152,22 @@ class Checkpoints(Checkpoint):
 
     @rank_zero_only
     def _tidy(self, path: Path, step: int, score: float | None) -> None:
-        """Links, and what may go: nothing that is linked, and nothing before the new one was whole."""
+        """Links, and what may go: nothing that is linked, and nothing before the new one was whole.
+
+        A death in between is mended by the next one: what the link `last` does not name counts as not saved.
+        """
         assert self.folder is not None
-        _link(self.folder / LAST, path)
         scores = self._scores()
         scores = {s: value for s, value in scores.items() if s < step} | ({} if score is None else {step: score})
         scored = {s: value for s, value in scores.items() if math.isfinite(value) and self._of(s).is_dir()}
+        _write(self.folder / SCORES, json.dumps(scores))
         best = None
         if scored:
             best = (min if self.mode == "min" else max)(
                 scored, key=lambda s: (scored[s], s if self.mode == "min" else -s)
             )
             _link(self.folder / BEST, self._of(best))
-        _write(self.folder / SCORES, json.dumps(scores))
+        _link(self.folder / LAST, path)
         found = sorted(self.steps())
         kept = {*[s for s in found if s <= step][-self.keep :], best}
         for s in found:
@@ -205,6 +222,11 @@ class Checkpoints(Checkpoint):
             f"checkpoints of about {size / GIB:.2f} GiB each, {most} at a time, need {need / GIB:.2f} GiB more, and "
             f"{self.folder} has {free / GIB:.2f} GiB free: take another --runs, or lower --checkpoints.keep"
         )
+
+
+def _origin(trainer: L.Trainer) -> Path | None:
+    """The checkpoint that the run goes on from."""
+    return None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
 
 
 def estimated_bytes(trainer: L.Trainer) -> int:
