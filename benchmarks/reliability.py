@@ -1,9 +1,9 @@
 """Runs that are killed at random moments and go on, beside the same run undisturbed: the table of docs/reliability.md.
 
 Each is killed with SIGKILL once to three times: at any moment from its start on, as soon as a checkpoint is being
-written, or as soon as one is whole, and goes on with `--ckpt_path last`. What must be the same: every tensor of the last
-checkpoint (parameters and optimizer) and the exported policy bit for bit, every row of the curves, and which rows every
-micro-batch held. Runs that the results have are not repeated, so the command goes on where it was stopped.
+written, or as soon as one is whole, and goes on with `--ckpt_path last`. What must be the same: every tensor of the
+last checkpoint (parameters and optimizer) and the exported policy bit for bit, every row of the curves, and which rows
+every micro-batch held. Runs that the results have are not repeated, so the command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import environment
 from benchmarks.quickstart import ROOT, load, write
 from benchmarks.reliability_run import Training, being_written, outcome, seen, steps_there
 

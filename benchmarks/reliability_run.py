@@ -1,4 +1,4 @@
-"""What `benchmarks.reliability` starts, kills and compares: forked trainings of a parent that has imported everything."""
+"""What `benchmarks.reliability` starts, kills and compares: trainings forked from a parent that has imported all."""
 
 from __future__ import annotations
 
