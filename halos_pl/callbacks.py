@@ -61,7 +61,7 @@ class RunReport(L.Callback):
         self.before: Metrics = {}
         self.after: Metrics = {}
         self.measured_at: int | None = None  # global step of the last validation
-        self.trained = False  # whether this process took a step
+        self.trained = False  # whether there is something to export
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The sanity check runs over all held-out rows (`num_sanity_val_steps: -1`): that is the state before."""
@@ -79,21 +79,41 @@ class RunReport(L.Callback):
         self.trained = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.measured_at = trainer.global_step
+        if not trainer.sanity_checking:
+            self.measured_at, self.after = trainer.global_step, _held_out(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Where training ended between two validations, measure what is exported."""
+        self.trained = self.trained or self._died_late(trainer)
         if not self.trained:
             return
         if trainer.enable_validation and self.measured_at != trainer.global_step:
+            loop = trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped = trainer.global_step  # by which Lightning numbers the row
+            loop.val_loop.restarting = False
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            loop.val_loop.run()
             trainer.training = True
-        self.after = _held_out(trainer)
+        if not trainer.enable_validation:
+            self.after = {}
+
+    def _died_late(self, trainer: L.Trainer) -> bool:
+        """Whether the run goes on from its last step, of which an earlier start of it has exported nothing."""
+        checkpoint = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+        if not trainer.global_step or checkpoint is None:
+            return False
+        policy, manifest = self.folder / "policy", checkpoint / "manifest.json"
+        own = self.folder.resolve() in checkpoint.parents
+        late = own and not (policy.is_dir() and policy.stat().st_mtime >= manifest.stat().st_mtime)
+        return bool(trainer.strategy.broadcast(late))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        ended = trainer.global_step and not (self.folder / "policy").exists()  # then interrupted
-        if self.trained or trainer.strategy.broadcast(bool(ended)):
+        if not self.trained and self._died_late(trainer):  # no step was left, so Lightning has left this out
+            progress = trainer.fit_loop.epoch_progress.current
+            progress.completed = progress.ready
+            self.on_train_end(trainer, pl_module)
+            pl_module.on_train_end()
+        if self.trained:
             assert isinstance(pl_module, AlignmentModule)
             weights = whole_weights(pl_module)  # all ranks take part
             self._write(trainer, pl_module, weights)
@@ -104,10 +124,11 @@ class RunReport(L.Callback):
             self._print("nothing was trained, so nothing is exported")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self.before}
+        return {"before": self.before, "after": self.after, "measured_at": self.measured_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = state_dict["before"]
+        self.after, self.measured_at = state_dict.get("after", {}), state_dict.get("measured_at")
 
     @rank_zero_only
     def _print(self, text: str) -> None:
@@ -127,8 +148,6 @@ class RunReport(L.Callback):
             self.console.print(self.table())
             if evaluation is not None and (samples := evaluation.table()) is not None:
                 self.console.print(samples)
-        elif not self.trained:
-            self._print("training had ended before, without an export; `validate` measures the held-out rows")
         else:
             self._print("no held-out rows: --data.validation FILE shows how they fare before and after")
         if trainer.checkpoint_callback is not None:

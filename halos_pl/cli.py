@@ -12,7 +12,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.trainer import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -33,7 +33,7 @@ from halos_pl.parser_errors import explain, of_a_source
 from halos_pl.preemption import Preemption
 from halos_pl.quiet import quieten
 from halos_pl.run_folder import AUTO, ENV, RunError, RunFolder, claim, find_checkpoint
-from halos_pl.run_parts import keep_earlier_config, loggers
+from halos_pl.run_parts import SavedConfig, loggers
 from halos_pl.run_record import RunRecord
 from halos_pl.signals import Preempted, Signals, end_children
 
@@ -70,20 +70,6 @@ class _Parser(LightningArgumentParser):
         raise UsageError(message)
 
 
-class _SavedConfig(SaveConfigCallback):
-    """The resolved configuration, in the run's folder."""
-
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.config.clone()
-        config.ckpt_path = None  # repeating the run begins at the beginning
-        text = self.parser.dump(config, skip_unset=False)
-        if told := keep_earlier_config(folder, text):
-            print("changed since this run began:", *told, sep="\n  ")
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
-
-
 class HalosCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict`, with everything a run leaves under `runs/NAME/`."""
 
@@ -93,7 +79,7 @@ class HalosCLI(LightningCLI):
         super().__init__(
             AlignmentModule,
             AlignmentData,
-            save_config_callback=_SavedConfig,
+            save_config_callback=SavedConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
@@ -142,7 +128,13 @@ class HalosCLI(LightningCLI):
         if self.goes_on and self.config.subcommand != "fit":
             raise RunError("--ckpt_path auto goes on with a training, or begins it; here it is `last` or a file")
         path = find_checkpoint(options.ckpt_path, options.runs, options.name)
-        options.ckpt_path = None if path is None else str(path)
+        if path is None and not self.goes_on:
+            told = f"{Path(options.runs, options.name)} ended before its first checkpoint"
+            if self.config.subcommand != "fit":
+                raise RunError(f"--ckpt_path last: {told}")
+            rank_zero_only(print)(f"note: {told}; it begins again")
+        self.goes_on |= path is None
+        options.ckpt_path = path and str(path)
 
     def instantiate_classes(self) -> None:
         try:

@@ -64,9 +64,9 @@ class Curves(Logger):
         """All that the file holds."""
         if not self.path.is_file():
             return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            whole = (row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal())  # not one cut by death
-            return [{name: value or "" for name, value in row.items() if name} for row in whole]
+        text, end, _ = self.path.read_text(encoding="utf-8").rpartition("\n")  # without a row that was cut by death
+        whole = (row for row in csv.DictReader((text + end).splitlines()) if (row.get("step") or "").isdecimal())
+        return [{name: value or "" for name, value in row.items() if name} for row in whole]
 
     def _rewrite(self, rows: list[Row], row: Row) -> None:
         rows = [*rows, row]

@@ -77,7 +77,8 @@ def export(run: Path, ckpt_path: str = "last", out: Path | None = None) -> dict[
     if not config.is_file():
         raise RunError(f"{run} is not the folder of a run: it has no config.yaml")
     found = find_checkpoint(ckpt_path, str(run.resolve().parent), run.resolve().name)
-    assert found is not None
+    if found is None:
+        raise RunError(f"--ckpt_path {ckpt_path}: {run} ended before its first checkpoint")
     stored = open_checkpoint(found)
     if out is None:
         out = run / "policy" if not (run / "policy").exists() else run / f"policy-step={stored.step}"

@@ -108,6 +108,8 @@ class Averages(Metric):
         if not parts or len(parts[0][0]) != len(self.names):  # written by a release with other names
             return
         states = torch.tensor(parts, dtype=torch.float64)
+        if not states[:, 1].any():
+            return
         mine = states[rank] if world == len(parts) else states.sum(0) * (rank == 0)
         self.total, self.weight = (x.to(self.total.device) for x in mine)
         self._update_count = 1  # torchmetrics: there is something to compute

@@ -71,13 +71,35 @@ def claim(runs: str, name: str | None, default: str, *, goes_on: bool) -> RunFol
                 return RunFolder(path, claimed=True)
     except OSError as error:
         raise RunError(f"--runs {runs}: no folder can be made there: {error}") from error
-    going_on = "go on with it (--ckpt_path last), or " if (path / "checkpoints" / "last.ckpt").is_dir() else ""
+    going_on = ""
+    if (path / "checkpoints" / "last.ckpt").is_dir():
+        going_on = "go on with it (--ckpt_path last), or "
+    elif died_early(path):
+        going_on = "it has no checkpoint: begin it again (--ckpt_path last), or "
     raise RunError(f"--name: {path} holds an earlier run; {going_on}take another name")
 
 
+def died_early(path: Path) -> bool:
+    """Whether a run ended before its first checkpoint, so that it may take its folder again: nothing is lost there."""
+    if not path.is_dir() or steps_of(path / "checkpoints"):
+        return False
+    if (path / "policy").exists() or (path / "predictions.jsonl").exists():
+        return False
+    config = path / "config.yaml"
+    return not config.is_file() or "enable_checkpointing: false" not in config.read_text(encoding="utf-8")
+
+
+def steps_of(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints of a run, by their steps, without links."""
+    found = (x for x in folder.glob("step=*.ckpt") if not x.is_symlink())
+    return {int(x.name[5:-5]): x for x in found if x.name[5:-5].isdecimal()}
+
+
 def find_checkpoint(given: str, runs: str, name: str | None) -> Path | None:
-    """The folder of `--ckpt_path`: a path, or `last` or `best` of the run that is named; for `auto` the last one, or
-    None before there is any.
+    """The folder of `--ckpt_path`: a path, or `last` or `best` of the run that is named; for `auto` the last one.
+
+    Returns:
+        None for `last` of a run that ended before its first checkpoint, and for `auto` before there is any.
 
     Raises:
         RunError: there is none, or it is no checkpoint.
@@ -89,8 +111,9 @@ def find_checkpoint(given: str, runs: str, name: str | None) -> Path | None:
         where, which = Path(runs, name, "checkpoints"), "last" if given == AUTO else given
         path = where / f"{which}.ckpt"
         if which == "last" and not path.is_dir():  # a disk without links
-            steps = [(int(x.name[5:-5]), x) for x in where.glob("step=*.ckpt") if x.name[5:-5].isdecimal()]
-            path = max(steps)[1] if steps else path
+            path = max(steps_of(where).items(), default=(0, path))[1]
+        if which == "last" and died_early(Path(runs, name)):
+            return None
         if not path.is_dir():
             if given == AUTO:
                 return None

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.trainer import Trainer
 
 from halos_pl.checkpoints import open_checkpoint
 from halos_pl.curves import Curves, before
@@ -24,9 +26,9 @@ def loggers(folder: Path, resumed_from: str | None, every: int | None) -> list[A
         resumed_from: its checkpoint, if the run goes on.
         every: steps between two rows of training.
     """
-    step = None if resumed_from is None else open_checkpoint(Path(resumed_from)).step
+    step = 0 if resumed_from is None else open_checkpoint(Path(resumed_from)).step
     board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=step)
-    return [board, Curves(folder / "csv", before(step or 0, every))]
+    return [board, Curves(folder / "csv", before(step, every))]
 
 
 def changes(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
@@ -56,3 +58,17 @@ def keep_earlier_config(folder: Path, text: str) -> list[str]:
         free = next(x for i in count(1) if not (x := folder / f"config-{i}.yaml").exists())
         path.rename(free)
     return [f"{key}: was {old}, now {new}" for key, (old, new) in told.items()]
+
+
+class SavedConfig(SaveConfigCallback):
+    """The resolved configuration, in the run's folder."""
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.config.clone()
+        config.ckpt_path = None  # repeating the run begins at the beginning
+        text = self.parser.dump(config, skip_unset=False)
+        if told := keep_earlier_config(folder, text):
+            print("changed since this run began:", *told, sep="\n  ")
+        (folder / "config.yaml").write_text(text, encoding="utf-8")

@@ -151,10 +151,10 @@ def test_what_export_refuses(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not the folder of a run"):
         export(tmp_path)
     (tmp_path / "config.yaml").write_text("model: {}")
-    with pytest.raises(RunError, match="holds no such checkpoint"):
+    with pytest.raises(RunError, match="ended before its first checkpoint"):
         export(tmp_path)
-    (tmp_path / "checkpoints" / "last.ckpt").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "last.ckpt" / "manifest.json").write_text("{}")
+    (tmp_path / "checkpoints" / "step=3.ckpt").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step=3.ckpt" / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
         export(tmp_path)
 

@@ -35,7 +35,7 @@ def test_ranks_that_are_launched_later_inherit_the_name(tmp_path: Path) -> None:
 
 def test_a_run_in_use_is_refused_unless_it_goes_on(tmp_path: Path) -> None:
     (new(tmp_path, "mine") / "config.yaml").touch()
-    with pytest.raises(RunError, match="mine holds an earlier run; take another name"):
+    with pytest.raises(RunError, match="mine holds an earlier run; it has no checkpoint: begin it again"):
         new(tmp_path, "mine")
     assert new(tmp_path, "mine", goes_on=True) == tmp_path / "mine"
     (tmp_path / "mine" / "checkpoints" / "last.ckpt").mkdir(parents=True)

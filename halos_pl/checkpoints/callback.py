@@ -69,11 +69,31 @@ class Checkpoints(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer's connectors
             return
         self._seen, self._saved, self._since = trainer.global_step, None, time.monotonic()
-        error = [self._refuse_small_disk(trainer) if trainer.is_global_zero else None]
-        if error[0] is None and trainer.is_global_zero:
-            self._clear()
-        if why := trainer.strategy.broadcast(error[0]):
+        error = self._refuse_monitor(trainer)
+        if error is None and trainer.is_global_zero:
+            error = self._refuse_small_disk(trainer)
+        if why := trainer.strategy.broadcast(error):
             raise CheckpointError(why)
+        if trainer.is_global_zero:
+            self._clear()
+
+    def _refuse_monitor(self, trainer: L.Trainer) -> str | None:
+        if self.monitor != "val/loss" and not trainer.enable_validation:
+            return f"--checkpoints.monitor {self.monitor}: there are no held-out rows (--data.validation)"
+        return None
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        counts = trainer.num_val_batches
+        held_out = any(counts) if isinstance(counts, list) else bool(counts)
+        whole = held_out and trainer.num_sanity_val_batches == counts
+        if whole and self.monitor.startswith("val/") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._score(trainer)
+
+    def _score(self, trainer: L.Trainer) -> float:
+        if (score := trainer.callback_metrics.get(self.monitor)) is None:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise CheckpointError(f"--checkpoints.monitor {self.monitor}: no such value; a validation logs {known}")
+        return float(score)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.fast_dev_run or trainer.global_step == self._seen:  # type: ignore[attr-defined]  # in the middle of an accumulation
@@ -107,11 +127,19 @@ class Checkpoints(Checkpoint):
             return
         if trainer.fit_loop._should_accumulate():
             return
-        score = trainer.callback_metrics.get(self.monitor)
-        if score is None:
-            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise CheckpointError(f"--checkpoints.monitor {self.monitor}: no such value; a validation logs {known}")
-        self.save(trainer, float(score))
+        self.save(trainer, self._score(trainer))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that goes on from its last step saves nothing; what an earlier start of it left to do is done here."""
+        path = _origin(trainer)
+        if (
+            self._saved is None
+            and self.folder is not None
+            and path is not None
+            and path.parent == self.folder.resolve()
+        ):
+            step = trainer.global_step
+            self._tidy(self._of(step), step, self._scores().get(step))
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -128,35 +156,47 @@ class Checkpoints(Checkpoint):
         assert self.folder is not None
         step = trainer.global_step
         path = self.folder / f"step={step}.ckpt"
-        if self._saved != step:
+        if (
+            self._saved != step and _origin(trainer) != path.resolve()
+        ):  # what the run went on from is never written anew
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             full = not getattr(trainer.strategy, "_save_distributed_checkpoint", False)
             save_checkpoint(checkpoint, path, full=full)
         self._saved, self._since = step, time.monotonic()
-        self._tidy(path, step, score)
-        trainer.strategy.barrier("halos_pl.checkpoints")
+        error = None
+        try:
+            self._tidy(path, step, score)
+        except OSError as failure:
+            error = f"the checkpoint {path} is whole, but {self.folder} cannot be kept in order: {failure}"
+        if error := trainer.strategy.broadcast(error):
+            raise CheckpointError(error)
         return path
 
     @rank_zero_only
     def _tidy(self, path: Path, step: int, score: float | None) -> None:
-        """Links, and what may go: nothing that is linked, and nothing before the new one was whole."""
+        """Links, and what may go: nothing that is linked, and nothing before the new one was whole.
+
+        A death in between is mended by the next one: what the link `last` does not name counts as not saved.
+        """
         assert self.folder is not None
-        _link(self.folder / LAST, path)
         scores = self._scores()
         scores = {s: value for s, value in scores.items() if s < step} | ({} if score is None else {step: score})
         scored = {s: value for s, value in scores.items() if math.isfinite(value) and self._of(s).is_dir()}
+        _write(self.folder / SCORES, json.dumps(scores))
         best = None
         if scored:
             best = (min if self.mode == "min" else max)(
                 scored, key=lambda s: (scored[s], s if self.mode == "min" else -s)
             )
             _link(self.folder / BEST, self._of(best))
-        _write(self.folder / SCORES, json.dumps(scores))
+        _link(self.folder / LAST, path)
         found = sorted(self.steps())
         kept = {*[s for s in found if s <= step][-self.keep :], best}
         for s in found:
             if s not in kept:
-                shutil.rmtree(self._of(s), ignore_errors=True)
+                aside = self._of(s).with_name(f"step={s}.ckpt.old{ASIDE}")
+                self._of(s).rename(aside)  # never half of one
+                shutil.rmtree(aside, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Of the checkpoints that there are."""
@@ -196,8 +236,7 @@ class Checkpoints(Checkpoint):
             probe.rmdir()
         except OSError as error:
             return f"checkpoints cannot be written: {error}"
-        size = estimated_bytes(trainer)
-        there = [sum(file.stat().st_size for file in self._of(s).iterdir()) for s in self.steps()]
+        size, there = estimated_bytes(trainer), self.steps()
         most = self.keep + 1 + bool(trainer.enable_validation)
         need, free = size * max(1, most - len(there)), shutil.disk_usage(self.folder).free
         if need <= free:
@@ -206,6 +245,11 @@ class Checkpoints(Checkpoint):
             f"checkpoints of about {size / GIB:.2f} GiB each, {most} at a time, need {need / GIB:.2f} GiB more, and "
             f"{self.folder} has {free / GIB:.2f} GiB free: take another --runs, or lower --checkpoints.keep"
         )
+
+
+def _origin(trainer: L.Trainer) -> Path | None:
+    """The checkpoint that the run goes on from."""
+    return None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
 
 
 def estimated_bytes(trainer: L.Trainer) -> int:

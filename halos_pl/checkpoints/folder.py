@@ -14,20 +14,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from halos_pl import __version__
 from halos_pl.checkpoints.errors import CheckpointError
+from halos_pl.checkpoints.files import checksum, manifest_checksum, refuse_objects, settled
 from halos_pl.checkpoints.tensors import TensorFiles, write_tensors
 from halos_pl.parallel import like, local_rows
 
@@ -35,6 +35,7 @@ FORMAT = 1
 MANIFEST, REST = "manifest.json", "rest.pt"
 ASIDE = ".partial"
 """End of the name of a folder that is being written."""
+ELSE = "the checkpoint is damaged; take an earlier one"
 
 
 def save_checkpoint(
@@ -64,17 +65,19 @@ def save_checkpoint(
 
     def write() -> None:
         if (written := write_tensors(tensors, aside, full=full)) is not None:
-            files[written.name] = _settled(written)
+            files[written.name] = settled(written)
         if rank == 0:
             torch.save(rest, aside / REST)
-            files[REST] = _settled(aside / REST)
+            refuse_objects(rest, aside / REST)
+            files[REST] = settled(aside / REST)
 
     def finish() -> None:
         if rank == 0:
             step = checkpoint.get("global_step", 0)
             told = {"format": FORMAT, "halos_pl": __version__, "global_step": step, "files": files}
+            told["crc32"] = manifest_checksum(told)
             (aside / MANIFEST).write_text(json.dumps(told, indent=1), encoding="utf-8")
-            _settled(aside / MANIFEST)
+            settled(aside / MANIFEST)
             _replace(aside, path)
 
     try:
@@ -107,7 +110,7 @@ def _all(work: Callable[[], None], path: Path, together: bool, told: Callable[[]
     error = None
     try:
         work()
-    except (OSError, RuntimeError, ValueError) as failure:  # safetensors raises its own for a full disk
+    except (OSError, RuntimeError, ValueError, SafetensorError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     found: list[Any] = [(error, None if error else told())]
     if together:
@@ -123,21 +126,6 @@ def _all(work: Callable[[], None], path: Path, together: bool, told: Callable[[]
 
 def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: told for part in parts for name, told in part.items()}
-
-
-def _settled(path: Path) -> dict[str, int]:
-    """Make sure that a file is on the disk; its size and checksum."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def _replace(aside: Path, path: Path) -> None:
@@ -172,11 +160,17 @@ class Stored:
                 raise CheckpointError(f"{path} was written by halos-pl {self.manifest['halos_pl']}, a newer one")
             self.files: dict[str, dict[str, int]] = self.manifest["files"]
             self.step = int(self.manifest["global_step"])
+            if self.manifest["crc32"] != manifest_checksum(self.manifest):
+                raise CheckpointError(f"{path / MANIFEST} is not what was written (checksum): {ELSE}")
+            if REST not in self.files or any(Path(x).name != x for x in self.files):
+                raise ValueError("it names other files than it must")
+            if not all(isinstance(told[x], int) for told in self.files.values() for x in ("bytes", "crc32")):
+                raise ValueError("sizes and checksums must be numbers")
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is not a checkpoint: it has no {MANIFEST}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path / MANIFEST} cannot be read: {error!r}") from error
 
     def verify(self, *, share: tuple[int, int] = (0, 1)) -> None:
@@ -193,16 +187,19 @@ class Stored:
             size = file.stat().st_size if file.is_file() else None
             if size != told["bytes"]:
                 found = "is missing" if size is None else f"has {size:,} bytes of {told['bytes']:,}"
-                raise CheckpointError(f"{file} {found}: the checkpoint is damaged; take an earlier one")
-            if i % share[1] == share[0] and _checksum(file) != told["crc32"]:
-                raise CheckpointError(f"{file} is not what was written (checksum): take an earlier checkpoint")
+                raise CheckpointError(f"{file} {found}: {ELSE}")
+            if i % share[1] == share[0] and checksum(file) != told["crc32"]:
+                raise CheckpointError(f"{file} is not what was written (checksum): {ELSE}")
 
     def rest(self) -> dict[str, Any]:
         """All but the tensors."""
         try:
             found: dict[str, Any] = torch.load(self.path / REST, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{self.path / REST} cannot be read: {error}") from error
+        except Exception as error:  # of torch, pickle or zipfile, whatever the file holds
+            told = str(error).partition("\n")[0]
+            raise CheckpointError(f"{self.path / REST} cannot be read: {told}") from error
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.path / REST} cannot be read: it holds a {type(found).__name__}")
         return found
 
     def tensors(self) -> TensorFiles:

@@ -40,7 +40,8 @@ def counted_in(options: Mapping[str, Any], identity: str, world: int) -> dict[st
         identity: of the training rows.
         world: ranks.
     """
-    order = [options[name] for name in ("seed", "sampler", "max_tokens", "group_by_length", "group_by_prompt")]
+    order = [options[name] for name in ("sampler", "max_tokens", "group_by_length", "group_by_prompt")]
+    order += [int(options["seed"])]  # a config's is of a class of the parser
     varies = options["max_tokens"] is not None or options["group_by_length"] or options["group_by_prompt"]
     rows = options["batch_size"] * world
     return {"identity": identity, "order": order, "rows": [options["batch_size"], world] if varies else rows}
