@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -257,6 +258,10 @@ class HalosCLI(LightningCLI):
             self._release_folder()
             print("halos_pl: interrupted before the first step; nothing is kept", file=sys.stderr)
             raise SystemExit(130) from None
+        except OSError as error:
+            if error.errno not in (ENOSPC, EDQUOT):
+                raise
+            raise UsageError(f"{error}; once there is space, go on with --name NAME --ckpt_path last") from error
         except (ValueError, MisconfigurationException) as error:
             if self.trainer.global_step and not isinstance(error, (DataError, ModelError, CheckpointError)):
                 raise
