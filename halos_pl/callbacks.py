@@ -99,12 +99,10 @@ class RunReport(L.Callback):
 
     def _died_late(self, trainer: L.Trainer) -> bool:
         """Whether the run goes on from its last step, of which an earlier start of it has exported nothing."""
-        checkpoint = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
-        if not trainer.global_step or checkpoint is None:
+        checkpoint, policy = Path(trainer.ckpt_path or "").resolve(), self.folder / "policy"
+        if not trainer.global_step or self.folder.resolve() not in checkpoint.parents:
             return False
-        policy, manifest = self.folder / "policy", checkpoint / "manifest.json"
-        own = self.folder.resolve() in checkpoint.parents
-        late = own and not (policy.is_dir() and policy.stat().st_mtime >= manifest.stat().st_mtime)
+        late = not policy.is_dir() or policy.stat().st_mtime < (checkpoint / "manifest.json").stat().st_mtime
         return bool(trainer.strategy.broadcast(late))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -254,6 +255,8 @@ class HalosCLI(LightningCLI):
         except BaseException as error:
             end_children(getattr(self.trainer.strategy.launcher, "procs", ()), patience=10)
             began = self.trainer.global_step
+            if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+                raise UsageError(f"{error}; once there is space, go on with --name NAME --ckpt_path last") from error
             if not began:
                 self._release_folder()
             if isinstance(error, Preempted) and not began and self.folder is not None and self.folder.claimed:

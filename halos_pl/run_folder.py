@@ -71,12 +71,9 @@ def claim(runs: str, name: str | None, default: str, *, goes_on: bool) -> RunFol
                 return RunFolder(path, claimed=True)
     except OSError as error:
         raise RunError(f"--runs {runs}: no folder can be made there: {error}") from error
-    going_on = ""
-    if (path / "checkpoints" / "last.ckpt").is_dir():
-        going_on = "go on with it (--ckpt_path last), or "
-    elif died_early(path):
-        going_on = "it has no checkpoint: begin it again (--ckpt_path last), or "
-    raise RunError(f"--name: {path} holds an earlier run; {going_on}take another name")
+    going_on = "go on with it (--ckpt_path last), or " if (path / "checkpoints" / "last.ckpt").is_dir() else ""
+    again = "; it has no checkpoint: --ckpt_path last begins it again" if died_early(path) else ""
+    raise RunError(f"--name: {path} holds an earlier run; {going_on}take another name{again}")
 
 
 def died_early(path: Path) -> bool:

@@ -132,7 +132,7 @@ def resumed(case: Case, files: dict[str, str], folder: Path, step: int) -> dict[
 
 RANKED = {
     "sharded": Case(ranks=2, adam=False),
-    "full": Case(ranks=2, checkpoints="full", workers=2),
+    "full": Case(ranks=2, checkpoints="full"),
 }
 RANKED_STEPS = (1, 3, 6, 10)
 

@@ -35,7 +35,7 @@ def test_ranks_that_are_launched_later_inherit_the_name(tmp_path: Path) -> None:
 
 def test_a_run_in_use_is_refused_unless_it_goes_on(tmp_path: Path) -> None:
     (new(tmp_path, "mine") / "config.yaml").touch()
-    with pytest.raises(RunError, match="mine holds an earlier run; it has no checkpoint: begin it again"):
+    with pytest.raises(RunError, match="mine holds an earlier run; take another name; it has no checkpoint"):
         new(tmp_path, "mine")
     assert new(tmp_path, "mine", goes_on=True) == tmp_path / "mine"
     (tmp_path / "mine" / "checkpoints" / "last.ckpt").mkdir(parents=True)
@@ -86,3 +86,29 @@ def test_checkpoints_are_found_or_refused(tmp_path: Path) -> None:
     (where / "garbage.ckpt").write_bytes(b"garbage")
     with pytest.raises(RunError, match="not a checkpoint"):
         find_checkpoint(str(where / "garbage.ckpt"), str(tmp_path), None)
+
+
+def test_a_run_that_died_before_its_first_checkpoint(tmp_path: Path) -> None:
+    """`last` begins it again, and only where nothing that somebody may want lies in its folder."""
+    run = tmp_path / "mine"
+    with pytest.raises(RunError, match="no such checkpoint"):
+        find_checkpoint("last", str(tmp_path), "mine")
+    (run / "checkpoints" / "step=3.ckpt.partial").mkdir(parents=True)
+    assert find_checkpoint("last", str(tmp_path), "mine") is None
+    with pytest.raises(RunError, match="take another name; it has no checkpoint: --ckpt_path last begins it again"):
+        new(tmp_path, "mine")
+    with pytest.raises(RunError, match="no such checkpoint"):
+        find_checkpoint("best", str(tmp_path), "mine")
+    for name in ("policy", "predictions.jsonl"):
+        (run / name).mkdir()
+        with pytest.raises(RunError, match="no such checkpoint"):
+            find_checkpoint("last", str(tmp_path), "mine")
+        (run / name).rmdir()
+    (run / "config.yaml").write_text("trainer:\n  enable_checkpointing: false\n")
+    with pytest.raises(RunError, match="no such checkpoint"):
+        find_checkpoint("last", str(tmp_path), "mine")
+    (run / "config.yaml").write_text("trainer:\n  enable_checkpointing: null\n")
+    assert find_checkpoint("last", str(tmp_path), "mine") is None
+    (run / "checkpoints" / "step=2.ckpt").mkdir()
+    with pytest.raises(RunError, match="not a checkpoint of this program"):
+        find_checkpoint("last", str(tmp_path), "mine")

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from halos_pl.checkpoints.errors import CheckpointError
 from halos_pl.checkpoints.folder import ASIDE, save_checkpoint
+from halos_pl.checkpoints.space import estimated_bytes
 from halos_pl.ranks import agree
 
 LAST, BEST, SCORES = "last.ckpt", "best.ckpt", "scores.json"
@@ -58,6 +59,7 @@ class Checkpoints(Checkpoint):
         self._saved: int | None = None  # step of the latest one
         self._seen = 0  # step at which this was last asked
         self._since = time.monotonic()
+        self._metrics: dict[str, float] = {}  # last logged values of the checkpoint that the run goes on from
 
     # ------------------------------------------------------------------------------------------ when
 
@@ -65,10 +67,18 @@ class Checkpoints(Checkpoint):
         if self.folder is None:
             self.folder = Path(trainer.default_root_dir, "checkpoints")
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["callback_metrics"] = {name: float(x) for name, x in trainer.callback_metrics.items()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._metrics = checkpoint.get("callback_metrics", {})
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer's connectors
             return
         self._seen, self._saved, self._since = trainer.global_step, None, time.monotonic()
+        metrics = {name: torch.tensor(x, device=pl_module.device) for name, x in self._metrics.items()}
+        trainer._logger_connector._callback_metrics.update(metrics)  # EarlyStopping looks again at the end of an epoch
         error = self._refuse_monitor(trainer)
         if error is None and trainer.is_global_zero:
             error = self._refuse_small_disk(trainer)
@@ -78,15 +88,15 @@ class Checkpoints(Checkpoint):
             self._clear()
 
     def _refuse_monitor(self, trainer: L.Trainer) -> str | None:
-        if self.monitor != "val/loss" and not trainer.enable_validation:
+        known = trainer.val_dataloaders is not None or not trainer.enable_validation
+        if self.monitor != "val/loss" and known and not _validates(trainer):
             return f"--checkpoints.monitor {self.monitor}: there are no held-out rows (--data.validation)"
         return None
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        counts = trainer.num_val_batches
-        held_out = any(counts) if isinstance(counts, list) else bool(counts)
-        whole = held_out and trainer.num_sanity_val_batches == counts
-        if whole and self.monitor.startswith("val/") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not self.monitor.startswith("val/"):  # type: ignore[attr-defined]
+            return
+        if _validates(trainer) and trainer.num_sanity_val_batches == trainer.num_val_batches:
             self._score(trainer)
 
     def _score(self, trainer: L.Trainer) -> float:
@@ -99,15 +109,13 @@ class Checkpoints(Checkpoint):
         if trainer.fast_dev_run or trainer.global_step == self._seen:  # type: ignore[attr-defined]  # in the middle of an accumulation
             return
         self._seen = trainer.global_step
-        if self._due(trainer) and not self._validates(trainer):  # else after the validation
+        if self._due(trainer) and not self._validation_follows(trainer):  # else after the validation
             self.save(trainer)
 
-    def _validates(self, trainer: L.Trainer) -> bool:
+    def _validation_follows(self, trainer: L.Trainer) -> bool:
         """Whether a validation follows this micro-batch."""
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        counts = trainer.num_val_batches
-        held_out = any(counts) if isinstance(counts, list) else bool(counts)
-        return held_out and fetcher is not None and bool(loop._should_check_val_fx(fetcher))
+        return _validates(trainer) and fetcher is not None and bool(loop._should_check_val_fx(fetcher))
 
     def _due(self, trainer: L.Trainer) -> bool:
         step = trainer.global_step
@@ -237,7 +245,7 @@ class Checkpoints(Checkpoint):
         except OSError as error:
             return f"checkpoints cannot be written: {error}"
         size, there = estimated_bytes(trainer), self.steps()
-        most = self.keep + 1 + bool(trainer.enable_validation)
+        most = self.keep + 1 + _validates(trainer)
         need, free = size * max(1, most - len(there)), shutil.disk_usage(self.folder).free
         if need <= free:
             return None
@@ -247,31 +255,15 @@ class Checkpoints(Checkpoint):
         )
 
 
+def _validates(trainer: L.Trainer) -> bool:
+    """Whether there are held-out rows."""
+    counts = trainer.num_val_batches
+    return trainer.enable_validation and (any(counts) if isinstance(counts, list) else bool(counts))
+
+
 def _origin(trainer: L.Trainer) -> Path | None:
     """The checkpoint that the run goes on from."""
     return None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
-
-
-def estimated_bytes(trainer: L.Trainer) -> int:
-    """Of a checkpoint: the trained parameters, and as much state for each as their optimizer keeps."""
-    total = 0
-    for optimizer in trainer.optimizers:
-        sizes = [p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"]]
-        total += int(sum(sizes) * (1 + _state_of_a_parameter(optimizer)))
-    return total
-
-
-def _state_of_a_parameter(optimizer: torch.optim.Optimizer) -> float:
-    """Size of an optimizer's state, in sizes of the parameter; tried out on a small one."""
-    parameter = torch.nn.Parameter(torch.ones(8, 8))
-    options = {key: value for key, value in optimizer.param_groups[0].items() if key in optimizer.defaults}
-    with suppress(Exception):  # an optimizer that wants more than parameters
-        trial = type(optimizer)([parameter], **options)
-        parameter.grad = torch.ones_like(parameter)
-        trial.step()
-        state = trial.state[parameter].values()
-        return sum(x.numel() for x in state if isinstance(x, torch.Tensor)) / parameter.numel()
-    return 2.0
 
 
 def _link(link: Path, target: Path) -> None:
