@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+PEFT = "base_model.model."
 Row = tuple[Any, Any]  # token ids of a prompt and of its completion
 
 
@@ -92,6 +93,27 @@ class Losses:
         return max(0.0, float(apart.mean()))
 
 
+class Off:
+    """A model with its adapters off."""
+
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+
+    def __call__(self, **batch: Tensor) -> Any:
+        with self.lm.disable_adapter():
+            return self.lm(**batch)
+
+
+def adapted(lm: PreTrainedModel) -> tuple[Any, Any]:
+    """peft's model with adapters of all linear layers of a GPT-2 but its head, and the same without them."""
+    import peft
+
+    targets = ["c_attn", "c_fc", "c_proj"]
+    torch.manual_seed(0)  # the module's default
+    model = peft.get_peft_model(lm, peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, fan_in_fan_out=True))
+    return model, Off(model)
+
+
 def train(case: Any, policy: str, reference: str, steps: Sequence[Sequence[Micro]], lr: float) -> dict[str, Any]:
     """Of each optimizer step: loss, norm of the whole gradient, the gradient that the optimizer gets; of each
     micro-batch z0; the parameters afterwards.
@@ -107,6 +129,8 @@ def train(case: Any, policy: str, reference: str, steps: Sequence[Sequence[Micro
         AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, case.dtype)).eval()
         for folder in (policy, reference)
     )
+    if case.lora:
+        lm, frozen = adapted(lm)
     optimizer = torch.optim.SGD(lm.parameters(), lr=lr, momentum=0.9)
     losses = Losses(case, lm, frozen)
     out: dict[str, Any] = {"loss": [], "norm": [], "z0": [], "grads": []}
@@ -130,8 +154,9 @@ def train(case: Any, policy: str, reference: str, steps: Sequence[Sequence[Micro
             torch.nn.utils.clip_grad_norm_(lm.parameters(), case.clip)
         elif case.clip is not None:
             torch.nn.utils.clip_grad_value_(lm.parameters(), case.clip)
-        out["grads"].append({name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None})
+        named = ((name.removeprefix(PEFT), p.grad) for name, p in lm.named_parameters())
+        out["grads"].append({name: grad.clone() for name, grad in named if grad is not None})
         optimizer.step()
-    out["parameters"] = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    out["parameters"] = {name.removeprefix(PEFT): p.detach().clone() for name, p in lm.named_parameters()}
     out["size"] = losses.size
     return out

@@ -1,5 +1,7 @@
 """The strategy `fsdp` on two ranks against one process: of plain transformers code, and of our own. One launch for all
 tests that are not slow.
+
+The file is long because the truth of a case, and what two ranks found in it, serve every test.
 """
 
 from __future__ import annotations
@@ -162,6 +164,22 @@ def off(found: Results, expected: Results) -> dict[str, float]:
     return out
 
 
+def joined(ranks: Ranks, *keys: str, replicas: int = 1) -> Results:
+    """What the first rank found, with gradients of the rows of all; each copy of them must be the same."""
+    found = [rank[keys[0]][keys[1]] for rank in ranks]
+    size = len(ranks) // replicas
+    copies = [
+        [
+            {name: torch.cat([rank["grads"][k][name] for rank in found[at : at + size]]) for name in grads}
+            for k, grads in enumerate(found[at]["grads"])
+        ]
+        for at in range(0, len(ranks), size)
+    ]
+    for copy in copies[1:]:
+        torch.testing.assert_close(copy, copies[0], atol=0, rtol=0)
+    return found[0] | {"grads": copies[0]}
+
+
 def difference(found: Any, expected: Any) -> float:
     found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
     assert found.shape == expected.shape
@@ -174,12 +192,14 @@ def difference(found: Any, expected: Any) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_compute_what_plain_code_does(name: str, ranks: Ranks, truth: Truth) -> None:
     steps, expected = truth(CASES[name], 2)
+    found = joined(ranks, "cases", name)
+    assert len(found["rows"]) == STEPS
     for rank in ranks:
-        assert len(rank["cases"][name]["rows"]) == STEPS
-        assert max(off(rank["cases"][name], expected).values()) <= EXACT
+        assert max(off(rank["cases"][name] | {"grads": found["grads"]}, expected).values()) <= EXACT
     moved = {key: difference(grad, expected["grads"][0][key]) for key, grad in expected["grads"][-1].items()}
-    assert min(moved.values()) > 0, "a gradient that stays the same tests nothing"
-    if "kto" in name and CASES[name].reference == "other":
+    still = [key for key, value in moved.items() if not value]
+    assert len(still) <= (1 if CASES[name].clip_by == "value" else 0), "a gradient that stays the same tests nothing"
+    if "kto" in name and CASES[name].reference == "other" and not CASES[name].lora:
         assert np.median(expected["z0"]) > 0.5, "a z0 of 0 would hide whose rows it is of"
     assert_uneven(name, steps)
 
@@ -226,7 +246,8 @@ def without_rate(row: dict[str, float]) -> dict[str, float]:
 def test_broken_code_is_found_out(name: str, ranks: Ranks, truth: Truth) -> None:
     what, case, _ = WORK["CONTROLS"][name]
     _, expected = truth(CASES[case], 2)
-    assert off(ranks[0]["controls"][name], expected)[what] > 1e-4, "what the other tests allow is 1e-9"
+    found = ranks[0]["controls"][name] if name == "nothing sharded" else joined(ranks, "controls", name)
+    assert off(found, expected)[what] > 1e-4, "what the other tests allow is 1e-9"
 
 
 # ---------------------------------------------------------------------------------------------- what a rank holds
@@ -293,8 +314,8 @@ def test_mixed_precision_is_near_the_truth_and_others_are_refused(ranks: Ranks, 
     for rank in ranks:
         found = rank["precisions"]
         losses = [row["train/loss"] for row in found["bf16-mixed"]]
-        assert losses == pytest.approx(expected["loss"], abs=1e-2)
-        assert difference(losses, expected["loss"]) > 1e-6, "not mixed"
+        assert losses == pytest.approx(expected["loss"][:2], abs=1e-2)
+        assert difference(losses, expected["loss"][:2]) > 1e-6, "not mixed"
         refused = found["refused"]
         assert refused["bf16-true"].startswith("ModelError: --trainer.precision bf16-true would also cast")
         assert refused["bf16-mixed of bfloat16"].startswith("ModelError: --trainer.precision bf16-mixed mixes with")
@@ -316,7 +337,8 @@ def test_validation_before_any_training_changes_nothing(ranks: Ranks, truth: Tru
 
 def test_fewer_rows_than_ranks_is_one_error(ranks: Ranks) -> None:
     for rank in ranks:
-        assert rank["few_rows"] == "DataError: no row is left to train on: 1 rows on 2 ranks"
+        told = "no row is left to train on: 1 rows on 2 ranks; each rank needs one: use fewer devices"
+        assert rank["few_rows"] == f"DataError: {told}"
 
 
 @pytest.fixture
@@ -350,8 +372,9 @@ def compare_all(matrix: str, found: Ranks, truth: Truth) -> None:
     for name, case in WORK["MATRICES"][matrix].items():
         _, expected = truth(case, len(found))
         allowed = EXACT if case.dtype == "float64" else 2e-6 * expected["size"]
+        grads = joined(found, matrix, name, replicas=case.replicas)["grads"]
         for rank in found:
-            wrong = off(rank[matrix][name], expected)
+            wrong = off(rank[matrix][name] | {"grads": grads}, expected)
             assert max(wrong.values()) <= allowed, f"{name}: {wrong}, allowed {allowed}"
 
 

@@ -124,6 +124,7 @@ def make_loader(
         raise DataError(
             f"no row is left to train on: {len(dataset)} rows on {world} ranks"
             f"{', stratified (which needs both classes)' if halves else ''}"
+            f"{'; each rank needs one: use fewer devices' if 0 < len(dataset) < world else ''}"
         )
     if not training and batches.repeated:
         told = f"{stage}: {batches.repeated} rows count twice, so that each of {world} ranks has some"
