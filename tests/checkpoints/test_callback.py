@@ -212,12 +212,12 @@ class Death(BaseException):
 @pytest.mark.parametrize("operation", ["replace", "symlink_to", "rename", "rmtree"])
 def test_a_death_at_any_operation_leaves_a_run_that_goes_on(operation: str, tmp_path: Path) -> None:
     """Among the first operations of the last save: what `last` names is whole, and the end is that of a quiet run."""
-    quiet = fit(tmp_path / "quiet", Checkpoints(keep=2), max_epochs=2)
+    quiet = fit(tmp_path / "quiet", Checkpoints(), max_epochs=2)
     wanted = there(tmp_path / "quiet")
     deaths = 0
     for count in range(9):
         root = tmp_path / f"{operation}{count}"
-        fit(root, Checkpoints(keep=2), max_epochs=1)
+        fit(root, Checkpoints(), max_epochs=1)
         owner: Any = {"replace": callback.os, "rmtree": shutil}.get(operation, Path)
         real, calls = getattr(owner, operation), iter(range(1000))
 
@@ -230,12 +230,12 @@ def test_a_death_at_any_operation_leaves_a_run_that_goes_on(operation: str, tmp_
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, operation, dies)
             try:
-                fit(root, Checkpoints(keep=2), ckpt=folder / "last.ckpt", max_epochs=2)
+                fit(root, Checkpoints(), ckpt=folder / "last.ckpt", max_epochs=2)
             except Death:
                 deaths += 1
         assert open_checkpoint(folder / "last.ckpt").load()["global_step"] in (4, 8)
         assert not (folder / "best.ckpt").is_symlink() or open_checkpoint(folder / "best.ckpt").load()
-        again = fit(root, Checkpoints(keep=2), ckpt=folder / "last.ckpt", max_epochs=2)
+        again = fit(root, Checkpoints(), ckpt=folder / "last.ckpt", max_epochs=2)
         assert there(root) == wanted
         assert again.global_step == quiet.global_step
     assert deaths

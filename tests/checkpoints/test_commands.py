@@ -21,6 +21,7 @@ import halos_pl.cli  # noqa: F401  lightning's log handlers keep the stderr of t
 from halos_pl.__main__ import main
 from halos_pl.callbacks import RunReport
 from halos_pl.checkpoints import callback, open_checkpoint
+from halos_pl.resume import noise_seed
 
 Fit = Callable[..., int]
 EARLY = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
@@ -213,7 +214,9 @@ def test_a_run_that_died_before_its_export_makes_it(
     assert fit("--name", "whole", "--trainer.max_steps", steps) == 0
     dies(fit, monkeypatch, int(steps), hook, "--trainer.max_steps", steps)
     assert not Path("runs/mine/policy").exists()
+    written = (folder() / "last.ckpt").stat().st_ino
     assert fit("--ckpt_path", "last", "--trainer.max_steps", steps) == 0
+    assert (folder() / "last.ckpt").stat().st_ino == written, "what it goes on from is not written anew"
     assert same("whole", "mine")
     policies = [Path("runs", name, "policy", "model.safetensors").read_bytes() for name in ("whole", "mine")]
     assert policies[0] == policies[1]
@@ -251,6 +254,16 @@ def test_dropout_is_the_same_noise(fit: Fit, monkeypatch: pytest.MonkeyPatch) ->
     assert same("whole", "mine")
     assert fit("--name", "silent", *more, "--model.dropout", "false") == 0
     assert not same("whole", "silent")
+
+
+def test_no_two_micro_batches_share_their_noise() -> None:
+    def seed(seed: int, batch: int, rank: int) -> int:
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batch))
+        return noise_seed(seed, SimpleNamespace(fit_loop=loop, global_rank=rank, global_step=0, should_stop=False))  # type: ignore[arg-type]
+
+    seeds = [seed(s, batch, rank) for s in range(3) for batch in range(12) for rank in range(3)]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds == [seed(s, batch, rank) for s in range(3) for batch in range(12) for rank in range(3)]
 
 
 def test_a_disk_that_is_full_for_the_curves(
