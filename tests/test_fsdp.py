@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedModel
 
 from halos_pl.__main__ import main
+from halos_pl.checkpoints import open_checkpoint
 from halos_pl.data.loader import LoaderOptions, make_loader
 from halos_pl.fsdp import refuse_others
 
@@ -424,3 +425,17 @@ def test_an_instance_that_does_not_fit_is_refused_before_models_are_loaded(strat
 )
 def test_others_fit(strategy: Any) -> None:
     refuse_others(strategy)
+
+
+@pytest.mark.gpu
+def test_the_quickstart_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharded over one device, with the Triton kernels, it learns what it learns without the strategy."""
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for name in ("auto", "fsdp"):
+        words = ["--trainer.strategy", name, "--trainer.devices", "1", "--trainer.max_steps", "60"]
+        assert main(["fit", "--config", "kto.yaml", "--name", name, *words]) == 0
+        stored = open_checkpoint(tmp_path / "runs" / name / "checkpoints" / "last.ckpt").load()
+        found[name] = stored["callbacks"]["RunReport"]["after"]
+    assert found["fsdp"]["val/loss"] < 0.8
+    assert found["fsdp"]["val/loss"] == pytest.approx(found["auto"]["val/loss"], rel=0.02)
