@@ -99,10 +99,17 @@ class RunReport(L.Callback):
 
     def _died_late(self, trainer: L.Trainer) -> bool:
         """Whether the run goes on from its last step, of which an earlier start of it has exported nothing."""
-        checkpoint, policy = Path(trainer.ckpt_path or "").resolve(), self.folder / "policy"
-        if not trainer.global_step or self.folder.resolve() not in checkpoint.parents:
-            return False
-        late = not policy.is_dir() or policy.stat().st_mtime < (checkpoint / "manifest.json").stat().st_mtime
+        module = trainer.lightning_module
+        assert isinstance(module, AlignmentModule)
+        quantized = module.lora is not None and module.lora.quantize != "none"  # whose adapter alone is exported
+        checkpoint, export = (
+            Path(trainer.ckpt_path or "").resolve(),
+            self.folder / ("adapter" if quantized else "policy"),
+        )
+        own = trainer.global_step > 0 and self.folder.resolve() in checkpoint.parents
+        late = own and not (
+            export.is_dir() and export.stat().st_mtime >= (checkpoint / "manifest.json").stat().st_mtime
+        )
         return bool(trainer.strategy.broadcast(late))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

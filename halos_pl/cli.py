@@ -100,9 +100,9 @@ class HalosCLI(LightningCLI):
             "--name", type=str | None, default=None, help="Of the run's folder. Default: the objective, numbered."
         )
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_lightning_class_args(Guards, "guards")  # first: it is to know that samples are drawn
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_class_arguments(Checkpoints, "checkpoints")
-        parser.add_lightning_class_args(Guards, "guards")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_seed")
 

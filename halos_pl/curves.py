@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def before(step: float, every: int | None) -> Callable[[int, Row], bool]:
     """
 
     def keep(at: int, row: Row) -> bool:
-        closing = bool(row.get("train/loss")) and every and (at + 1) % every != 0
-        return at < step and not (closing and math.isfinite(step))
+        closing = bool(row.get("train/loss")) and every and at == step - 1 and step % every != 0
+        return at < step and not closing
 
     return keep

@@ -14,7 +14,7 @@ from halos_pl import resume
 from halos_pl.checkpoints import CheckpointError, open_checkpoint
 from halos_pl.data import AlignmentData, DataError
 from halos_pl.data.encoder import make_encoder
-from halos_pl.handover import hand_over
+from halos_pl.handover import adapter_beside, hand_over
 from halos_pl.model_card import model_card
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
@@ -81,14 +81,17 @@ def export(run: Path, ckpt_path: str = "last", out: Path | None = None) -> dict[
         raise RunError(f"--ckpt_path {ckpt_path}: {run} ended before its first checkpoint")
     stored = open_checkpoint(found)
     if out is None:
-        out = run / "policy" if not (run / "policy").exists() else run / f"policy-step={stored.step}"
-    if out.exists():
-        raise RunError(f"{out} is there already: take another --out")
+        taken = any(x.exists() for x in (run / "policy", adapter_beside(run / "policy")))
+        out = run / f"policy-step={stored.step}" if taken else run / "policy"
+    for folder in (out, adapter_beside(out)):
+        if folder.exists():
+            raise RunError(f"{folder} is there already: take another --out")
     module, data = made(config)
-    module.reference_source = module.reference_source if module.lora is not None else None  # nothing is compared
     checkpoint = stored.load()
+    reference, module.reference_source = module.reference_source, None  # nothing is compared
     module.configure_model()
-    module.load_state_dict(resume.fitting(checkpoint["state_dict"], module))
+    module.reference_source = reference
+    module.load_state_dict(resume.fitting(checkpoint["state_dict"], module), strict=False)
     data.needs = module.data_needs
     data.encoder = make_encoder(vars(data), module.data_needs)
     before = checkpoint.get("callbacks", {}).get("RunReport", {}).get("before", {})

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from halos_pl.batch import Batch
 from halos_pl.memory import Device, Settings, Shape, explain, is_out_of_memory
 from halos_pl.module import AlignmentModule
-from halos_pl.ranks import agree
+from halos_pl.ranks import agree, set_patience
 from halos_pl.signals import end_children
 from halos_pl.watchdog import Watchdog
 
@@ -55,9 +56,11 @@ class Guards(L.Callback):
         return timedelta(minutes=self.timeout, seconds=60)
 
     def give_time(self, strategy: object) -> None:
-        """Make a strategy's process groups, before it makes them, wait as long as this guard does."""
-        if hasattr(strategy, "_timeout"):
-            strategy._timeout = self.patience
+        """Make a strategy's process groups, before it makes them, wait as long as this guard does, unless it has a time
+        of its own."""
+        set_patience(self.patience)
+        if getattr(strategy, "_timeout", None) == default_pg_timeout:
+            strategy._timeout = self.patience  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------------------------------ numbers
 
@@ -70,7 +73,6 @@ class Guards(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.nonfinite == "skip":
             self._module.told["skipped"] = self.skipped
-        agree(patience=self.patience)
         if trainer.world_size > 1:
             launcher: Any = trainer.strategy.launcher
             store: Any = torch.distributed.distributed_c10d._get_default_store()

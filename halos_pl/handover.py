@@ -21,6 +21,12 @@ def whole_weights(module: AlignmentModule) -> dict[str, Tensor] | None:
     return {name: x for name, x in gathered(module.policy.lm.state_dict()) if x is not None}
 
 
+def adapter_beside(policy: Path) -> Path:
+    """The folder of an adapter beside that of the policy: policy-step=4 and adapter-step=4, mine and mine-adapter."""
+    name = policy.name
+    return policy.with_name(name.replace("policy", "adapter", 1) if name.startswith("policy") else f"{name}-adapter")
+
+
 def hand_over(
     module: AlignmentModule,
     data: AlignmentData,
@@ -46,7 +52,7 @@ def hand_over(
     assert module.policy is not None
     lm, places = module.policy.lm, {"policy": f"{folder / name}  (AutoModelForCausalLM.from_pretrained)"}
     if module.lora is not None:
-        adapter = folder / (name.replace("policy", "adapter", 1) if name.startswith("policy") else f"{name}-adapter")
+        adapter = adapter_beside(folder / name)
         export_adapter(lm, adapter, module.source.name, state=weights)
         places["adapter"] = f"{adapter}  (peft.PeftModel.from_pretrained)"
         if module.lora.quantize != "none":

@@ -95,6 +95,7 @@ class AlignmentModule(SteppedModule):
         log_entropy: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, warmup)
+        self.strict_loading = False  # a checkpoint has what is trained; `resume.fitting` sees that it has all of that
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be an instance such as KTO(beta=0.1), got {objective!r}")
         self.source = ModelSource(policy, config, dtype, dropout, attn_implementation, trust_remote_code, init_seed)
@@ -220,7 +221,9 @@ class AlignmentModule(SteppedModule):
         self._clock.restart()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if self.source.dropout:  # the same noise, however often the run is resumed
+        if self.source.dropout or (
+            self.lora is not None and self.lora.dropout
+        ):  # the same noise, however often the run is resumed
             torch.manual_seed(resume.noise_seed(self.source.seed, self.trainer))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

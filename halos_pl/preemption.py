@@ -70,7 +70,8 @@ class Preemption(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not trainer.fit_loop._should_accumulate():
-            self._act(trainer)
+            follows = getattr(trainer.checkpoint_callback, "validation_follows", None)
+            self._act(trainer, follows is not None and follows(trainer))
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -80,16 +81,20 @@ class Preemption(L.Callback):
         self._trained = True
         self._act(trainer)
 
-    def _act(self, trainer: L.Trainer) -> None:
+    def _act(self, trainer: L.Trainer, validation_follows: bool = False) -> None:
         with self._unless_signalled():
             (found,) = agree(self.signals.received)
         if not found:
             return
         _keep_alive()
-        self._owed = trainer.validating and not self._trained
-        with _as_of_the_step(trainer, between=self._owed):
+        between = trainer.validating and not self._trained
+        self._owed = between or validation_follows
+        with _as_of_the_step(trainer, between=between):
             saved = save(trainer)
-        told = "; nothing is saved" if saved is None else f", saved in {saved}; go on with --name NAME --ckpt_path last"
+        name = Path(trainer.default_root_dir).name
+        told = (
+            "; nothing is saved" if saved is None else f", saved in {saved}; go on with --name {name} --ckpt_path last"
+        )
         raise Preempted(int(found), f" after step {trainer.global_step}{told}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def save(trainer: L.Trainer) -> Path | None:
     """
     keeper: Any = trainer.checkpoint_callback
     folder = Path(trainer.default_root_dir, "checkpoints")
-    if keeper is None:
+    if keeper is None or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer's connectors
         return None
     if hasattr(keeper, "save"):
         return keeper.save(trainer) or folder

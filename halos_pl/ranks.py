@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+_patience: timedelta | None = None
 _group: weakref.ref[dist.ProcessGroup] | None = None  # torch owns it: what outlives its end aborts the process
 
 
@@ -16,7 +17,13 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def agree(*values: float, patience: timedelta | None = None) -> tuple[float, ...]:
+def set_patience(patience: timedelta | None) -> None:
+    """How long `agree` waits for other ranks, from the next group on that it makes; None: torch's default."""
+    global _patience
+    _patience = patience
+
+
+def agree(*values: float) -> tuple[float, ...]:
     """The largest of each value over all ranks; in one process the values themselves.
 
     A collective: every rank must ask, at the same place. It runs on the CPU (gloo), whatever the ranks train on, in a
@@ -24,7 +31,6 @@ def agree(*values: float, patience: timedelta | None = None) -> tuple[float, ...
 
     Args:
         values: of this rank; as many on each.
-        patience: how long to wait for the other ranks, where the group is made by this call. Default: torch's.
 
     >>> agree(3, 0)
     (3.0, 0.0)
@@ -34,7 +40,7 @@ def agree(*values: float, patience: timedelta | None = None) -> tuple[float, ...
     global _group
     group = _group() if _group is not None else None
     if group is None:
-        group = dist.new_group(backend="gloo", timeout=patience)
+        group = dist.new_group(backend="gloo", timeout=_patience)
         assert isinstance(group, dist.ProcessGroup)
         _group = weakref.ref(group)
     found = torch.tensor(values, dtype=torch.float64)

@@ -51,7 +51,7 @@ def check(checkpoint: Mapping[str, Any], settings: Mapping[str, str]) -> None:
 
 
 def fitting(stored: Mapping[str, Any], module: L.LightningModule) -> dict[str, Any]:
-    """A checkpoint's state for the module at hand: what it trains from the checkpoint, the rest its own.
+    """A checkpoint's state for the module at hand, which keeps the rest as it is.
 
     Args:
         stored: of the checkpoint.
@@ -75,8 +75,7 @@ def fitting(stored: Mapping[str, Any], module: L.LightningModule) -> dict[str, A
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise ModelError(f"the checkpoint is of another model: {'; '.join(wrong[:SHOWN])}{more}")
-    tied = {name: own[name] for name in own if name not in stored}
-    return tied | {name: value for name, value in stored.items() if name in own}
+    return {name: value for name, value in stored.items() if name in own}
 
 
 class FreshSettings:

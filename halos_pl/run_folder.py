@@ -112,12 +112,14 @@ def find_checkpoint(given: str, runs: str, name: str | None) -> Path | None:
         if which == "last" and died_early(Path(runs, name)):
             return None
         if not path.is_dir():
-            if given == AUTO:
+            if given == AUTO and not Path(runs, name, "policy").exists():
                 return None
             raise RunError(f"--ckpt_path {given}: {Path(runs, name)} holds no such checkpoint")
     try:
         if not path.exists():
-            raise RunError(f"--ckpt_path: no checkpoint {given!r}; give its folder, or `last` or `best` with --name")
+            raise RunError(
+                f"--ckpt_path: no checkpoint {given!r}; give its folder, or `last`, `best` or `auto` of a run"
+            )
         if not (path / "manifest.json").is_file():
             raise RunError(f"--ckpt_path: {given} is not a checkpoint of this program: it has no manifest.json")
     except OSError as error:

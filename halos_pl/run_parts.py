@@ -63,6 +63,17 @@ def keep_earlier_config(folder: Path, text: str) -> list[str]:
 class SavedConfig(SaveConfigCallback):
     """The resolved configuration, in the run's folder."""
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Not yet: a checkpoint may still be refused."""
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.on_train_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if not self.already_saved and trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+        self.already_saved = True
+
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)

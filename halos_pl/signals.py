@@ -105,10 +105,9 @@ class Signals:
                 continue
             if not self._at_once(signum, 1):
                 if not told and _is_first_rank():
-                    now = ", again: at once" if signum == signal.SIGINT else ""
-                    print(
-                        f"halos_pl: {signal.Signals(signum).name}: the step is finished and saved{now}", file=sys.stderr
-                    )
+                    now = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
+                    name = signal.Signals(signum).name
+                    print(f"halos_pl: {name}: finishing the step and saving it{now}", file=sys.stderr)
                 told = True
             elif not self._over.wait(GRACE):
                 end_children(self.children, 0)

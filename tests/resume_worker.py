@@ -21,6 +21,7 @@ from halos_pl.curves import Curves, before
 from halos_pl.data import AlignmentData
 from halos_pl.fsdp import FSDP
 from halos_pl.losses import KTO, Objective
+from halos_pl.models import LoRA
 from halos_pl.module import AlignmentModule
 
 EPOCHS, LOGGED = 3, 2
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     ranks: int = 1
     checkpoints: str = "sharded"
     batch: int = 8
+    adapter_dropout: float | None = None
     adam: bool = True  # divides by gradients that may be rounding: not for comparing sums in another order
     data: dict[str, Any] = {}  # noqa: RUF012
 
@@ -69,6 +71,7 @@ def train(case: Case, files: dict[str, str], folder: Path, resume: int | None = 
         ),
         schedule="cosine",
         warmup=2,
+        lora=None if case.adapter_dropout is None else LoRA(r=2, dropout=case.adapter_dropout),
     )
     data = AlignmentData(
         train=files["thumbs"],

@@ -138,6 +138,17 @@ def test_a_validation_is_left_at_its_next_batch(fit: Fit, tmp_path: Path) -> Non
     assert steps(tmp_path) == [24, 24]
 
 
+def test_a_validation_that_was_due_is_made_up_for(fit: Fit, tmp_path: Path) -> None:
+    """The signal comes in the last micro-batch before it."""
+    argv = ("--trainer.val_check_interval", "10")
+    assert fit(*argv, signalled=f"train 9 0 {signal.SIGTERM}") == 143
+    assert size(tmp_path / "held-out-0") == 6, "the start"
+    assert steps(tmp_path) == [5, 5]
+    assert fit(*argv, "--ckpt_path", "last") == 0
+    assert size(tmp_path / "train-0") == 48
+    assert size(tmp_path / "held-out-0") == 6 + 5 * 6, "that one, the three that were due, and the closing one"
+
+
 def test_a_run_that_had_ended_is_still_exported(fit: Fit, tmp_path: Path, capsys: Any) -> None:
     argv = ("--trainer.limit_val_batches", "3", "--trainer.check_val_every_n_epoch", "3")  # only before and after
     assert fit(*argv, signalled=f"held-out 4 0 {signal.SIGTERM}") == 143

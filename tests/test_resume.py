@@ -35,6 +35,7 @@ CASES = {
     "validated in mid-epoch": Case(validate=0.5),
     "validated at epoch ends": Case(validate=1.0, workers=2),
     "validated across epochs": Case(validate=4, data={"group_by_length": True}),
+    "adapters that drop out": Case(adapter_dropout=0.3),
     "limited": Case(limit=0.75),
     "running mean": Case(objective=BCO(beta=0.5), data={"max_tokens": 500}),
 }

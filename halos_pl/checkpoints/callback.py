@@ -28,8 +28,9 @@ GIB = 2**30
 class Checkpoints(Checkpoint):
     """Writes what a run goes on from, always after an optimizer step.
 
-    One is written at every validation, at the end of every epoch, before a run ends or is interrupted, and so often as
-    the arguments say. `last.ckpt` and `best.ckpt` are links. Earlier ones are removed once a new one is whole.
+    One is written at every validation (but for one within an accumulation), at the end of every epoch, before a run
+    ends or is interrupted, and so often as the arguments say. `last.ckpt` and `best.ckpt` are links. Once a new one is
+    whole, the others are removed, those of later steps too where a run goes on from an earlier one.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
@@ -66,6 +67,8 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.folder is None:
             self.folder = Path(trainer.default_root_dir, "checkpoints")
+        if stage == "fit":  # ranks that torchrun started know no name that the first one has found
+            self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["callback_metrics"] = {name: float(x) for name, x in trainer.callback_metrics.items()}
@@ -109,10 +112,10 @@ class Checkpoints(Checkpoint):
         if trainer.fast_dev_run or trainer.global_step == self._seen:  # type: ignore[attr-defined]  # in the middle of an accumulation
             return
         self._seen = trainer.global_step
-        if self._due(trainer) and not self._validation_follows(trainer):  # else after the validation
+        if self._due(trainer) and not self.validation_follows(trainer):  # else after the validation
             self.save(trainer)
 
-    def _validation_follows(self, trainer: L.Trainer) -> bool:
+    def validation_follows(self, trainer: L.Trainer) -> bool:
         """Whether a validation follows this micro-batch."""
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         return _validates(trainer) and fetcher is not None and bool(loop._should_check_val_fx(fetcher))

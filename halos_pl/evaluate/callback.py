@@ -26,6 +26,7 @@ from halos_pl.evaluate.interval import clopper_pearson
 from halos_pl.evaluate.prompts import Prompt, load_prompts, load_text
 from halos_pl.evaluate.sample import Sampling, sample
 from halos_pl.evaluate.verifier import Verifier, find_verifier, verdict
+from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 
 
@@ -87,8 +88,7 @@ class Evaluation(L.Callback):
         self.prompts: list[Prompt] = []
         self.text: list[tuple[Tokens, Tokens]] = []
         self.folder: Path | None = None
-        self.before: list[Said] = []
-        self.after: list[Said] = []
+        self.before, self.after = list[Said](), list[Said]()
         self._read_with: CompletionTokenizer | None = None
 
     @property
@@ -137,22 +137,28 @@ class Evaluation(L.Callback):
         if not self.active:
             return
         assert isinstance(pl_module, AlignmentModule)
-        rank, world = trainer.global_rank, trainer.world_size
+        rank, world, error = trainer.global_rank, trainer.world_size, None
         together = world > 1 and isinstance(pl_module.policy, FSDPModule)
-        said = self._say(pl_module, *_dealt(len(self.prompts), rank, world, together), together)
-        nll = self._text_nll(pl_module, *_dealt(len(self.text), rank, world, together))
-        gathered: list[Any] = [(said, nll)] * world
+        said, nll = list[Said](), (0.0, 0)
+        try:
+            said = self._say(pl_module, *_dealt(len(self.prompts), rank, world, together), together)
+            nll = self._text_nll(pl_module, *_dealt(len(self.text), rank, world, together))
+        except (DataError, ModelError) as found:
+            error = found
+        gathered: list[Any] = [(said, nll, error)] * world
         if world > 1:
-            torch.distributed.all_gather_object(gathered, (said, nll))
-        said = sorted((x for part, _ in gathered for x in part), key=lambda x: x.prompt)
+            torch.distributed.all_gather_object(gathered, (said, nll, error))
+        for wrong in filter(None, (part[2] for part in gathered)):  # of one rank, and so of all
+            raise wrong
+        said = sorted((x for part, *_ in gathered for x in part), key=lambda x: x.prompt)
         values = summary(said)
         if self.text:
-            total, count = map(sum, zip(*(part for _, part in gathered), strict=True))
+            total, count = map(sum, zip(*(part for _, part, _ in gathered), strict=True))
             values["text/nll"] = total / count
         pl_module.log_dict({f"val/{name}": value for name, value in values.items()})
+        self.after = said
         if trainer.sanity_checking and not self.before:  # a run that goes on has them from its checkpoint
             self.before = said
-        self.after = said
         if self.folder is not None and trainer.is_global_zero and said:
             self._write(self.folder / f"step={trainer.global_step}.jsonl", said)
 
@@ -277,10 +283,9 @@ def _marked(said: Said) -> Text:
 
 def summary(said: Sequence[Said]) -> dict[str, float]:
     """Means over completions, by the names of `metrics.SAMPLED`."""
+    values, n, tokens = dict[str, float](), len(said), sum(x.tokens for x in said)
     if not said:
-        return {}
-    values: dict[str, float] = {}
-    n, tokens = len(said), sum(x.tokens for x in said)
+        return values
     if said[0].verified is not None:
         right = sum(bool(x.verified) for x in said)
         low, high = clopper_pearson(right, n)

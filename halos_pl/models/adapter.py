@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from halos_pl.models.export import readable
 from halos_pl.models.load import ModelError
 from halos_pl.nano.shipped import locate
 
@@ -203,6 +204,7 @@ def export_adapter(
         config.save_pretrained(str(aside))
         with torch.no_grad():
             save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, aside / WEIGHTS, {"format": "pt"})
+        readable(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -49,9 +50,19 @@ def export_policy(
         lm.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
+        readable(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if folder.exists():
         shutil.rmtree(folder)
     aside.rename(folder)
+
+
+def readable(folder: Path) -> None:
+    """Give its files the mode that new files have here; safetensors makes its own for the owner alone."""
+    mode = os.umask(0)
+    os.umask(mode)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~mode)

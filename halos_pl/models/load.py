@@ -232,7 +232,8 @@ def _read_config(name: str, trust_remote_code: bool) -> PretrainedConfig:
                 f"{name} is an adapter, not a model: --model.policy {base} --model.lora.adapter {name} goes on with it"
             )
         held = ", ".join(sorted(x.name for x in path.iterdir())[:8]) or "nothing"
-        raise ModelError(f"{name} is not a model folder: it has no config.json (it holds {held})")
+        run = f"; the policy of a run: python -m halos_pl export {name}" if (path / "checkpoints").is_dir() else ""
+        raise ModelError(f"{name} is not a model folder: it has no config.json (it holds {held}){run}")
     try:
         return AutoConfig.from_pretrained(str(path) if looks_local else name, trust_remote_code=trust_remote_code)
     except Exception as error:

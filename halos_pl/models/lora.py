@@ -243,7 +243,9 @@ def merged(lm: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> Pr
         wide = torch.promote_types(weight.dtype, a.dtype)
         change = layer.scaling[TRAINED] * (b.to(wide) @ a.to(wide))
         change = change.T if isinstance(layer.get_base_layer(), Conv1D) else change
-        plain_state[f"{name}.base_layer.weight"] = (weight.to(wide) + change).to(weight.dtype)
+        plain_state[f"{name}.base_layer.weight"] = (
+            (weight.to(wide) + change).to(weight.dtype).cpu()
+        )  # beside a training
         for key in [key for key in plain_state if key.startswith(f"{name}.")]:
             value = plain_state.pop(key)
             if key.startswith(f"{name}.base_layer."):
