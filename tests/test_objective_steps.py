@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import halos_pl.module
+import halos_pl.scoring.pair
 from halos_pl.batch import Batch, PairedBatch
 from halos_pl.data import AlignmentData
 from halos_pl.losses import (
@@ -479,13 +479,13 @@ def test_the_numbers_of_the_table() -> None:
 def test_models_are_loaded_once_and_a_reference_only_where_it_is_compared_with(
     case: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, loaded = halos_pl.module.load_model, []
+    real, loaded = halos_pl.scoring.pair.load_model, []
 
     def spy(source: Any) -> Any:
         loaded.append(source.name)
         return real(source)
 
-    monkeypatch.setattr(halos_pl.module, "load_model", spy)
+    monkeypatch.setattr(halos_pl.scoring.pair, "load_model", spy)
     module = bench.module(case)
     module.configure_model()
     module.configure_model()
