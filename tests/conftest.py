@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def shared_data() -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tokenized data of the tests; processes that they start find it too."""
     os.environ["HALOS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_run_is_named() -> Iterator[None]:
+    """A test that claims a folder leaves its name to the ranks that would be launched; the next test is none of them."""
+    yield
+    os.environ.pop("HALOS_RUN_NAME", None)
 
 
 def pytest_configure() -> None:
