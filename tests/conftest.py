@@ -39,7 +39,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def no_run_is_named() -> Iterator[None]:
-    """A test that claims a folder leaves its name to the ranks that would be launched; the next test is none of them."""
+    """A test that claims a folder leaves its name to ranks that it would launch; the next test is none of them."""
     yield
     os.environ.pop("HALOS_RUN_NAME", None)
 

@@ -25,6 +25,7 @@ from halos_pl.data.collate import Collator, Item
 from halos_pl.losses import BCO, DPO, KTO, SFT, Objective
 from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
+from halos_pl.parallel import decoder_layers
 
 GOLDEN = Path(__file__).parent / "golden" / "trajectories.json"
 STEPS, BATCH, LR = 20, 8, 0.01
@@ -418,6 +419,22 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_model: Path, pairs_file: Pa
     data = AlignmentData(train=str(pairs_file), batch_size=BATCH)
     with pytest.raises(ModelError, match=r"must not be NaN, got .* at step .*nothing is exported"):
         trainer(log_every_n_steps=50).fit(module, datamodule=data)
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(tiny_model: Path, thumbs_file: Path) -> None:
+    """Needs a C++ compiler."""
+    losses = []
+    for compiled in (False, True):
+        module, data = make(KTO(beta=0.5), tiny_model, thumbs_file)
+        module.compile_layers = compiled
+        record = Losses()
+        trainer(max_steps=3, logger=record).fit(module, datamodule=data)
+        assert module.policy is not None
+        layers = decoder_layers(module.policy)
+        assert [layer._compiled_call_impl is not None for layer in layers] == [compiled] * 2
+        losses.append(record.values)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-9)
 
 
 def test_settings_of_the_run_win_over_those_of_a_checkpoint(
