@@ -56,9 +56,12 @@ import sys, threading, time
 from halos_pl import signals
 signals.GRACE = 0.3
 with signals.Signals():
-    print("ready", flush=True)
+    told = False
     while True:
         try:
+            if not told:
+                told = True
+                print("ready", flush=True)
             time.sleep(60)
         except BaseException:
             pass  # as if the main thread did not come back
