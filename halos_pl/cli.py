@@ -30,7 +30,7 @@ from halos_pl.models import ModelError
 from halos_pl.module import AlignmentModule
 from halos_pl.nano.shipped import refuse_mixture
 from halos_pl.objective_choice import own_defaults
-from halos_pl.parser_errors import explain, of_a_source
+from halos_pl.parser_errors import UsageError, explain, of_a_source
 from halos_pl.preemption import Preemption
 from halos_pl.quiet import quieten
 from halos_pl.run_folder import AUTO, ENV, RunError, RunFolder, claim, find_checkpoint
@@ -54,10 +54,6 @@ _CLASSES = {
         x.__name__: x for x in vars(torch.optim).values() if isinstance(x, type) and x is not torch.optim.Optimizer
     },
 }
-
-
-class UsageError(Exception):
-    """A mistake on the command line or in a config, explained in one message."""
 
 
 class _Parser(LightningArgumentParser):

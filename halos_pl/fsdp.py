@@ -75,6 +75,7 @@ class FSDP(ModelParallelStrategy):
             raise ValueError(f"strategy fsdp: replicas must be at least 1, got {replicas}")
         super().__init__(1, 1, checkpoints == "sharded", process_group_backend, timeout)
         self.replicas, self.offload_reference, self.reduce_when = replicas, offload_reference, reduce
+        self.full_checkpoints = checkpoints == "full"
         self.plan: Plan | None = None
 
     # ------------------------------------------------------------------------------------------ the processes
@@ -149,7 +150,7 @@ class FSDP(ModelParallelStrategy):
         return getattr(optimizer, "optimizer", optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        save_checkpoint(checkpoint, Path(self.broadcast(filepath)), full=not self._save_distributed_checkpoint)
+        save_checkpoint(checkpoint, Path(self.broadcast(filepath)), full=self.full_checkpoints)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         parameters: Mapping[str, nn.Parameter] = {}

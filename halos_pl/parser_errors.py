@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -13,6 +14,17 @@ SOURCE_KEYS = ("path", "reader", "split", "limit", "weight", "threshold", "colum
 LORA_KEYS = ("r", "alpha", "dropout", "target_modules", "rslora", "adapter", "quantize")
 Choices = Mapping[str, Mapping[str, type]]
 """Keys whose value is a class chosen by name, with the classes by name."""
+
+
+class UsageError(Exception):
+    """A mistake on the command line or in a configuration, explained in one message."""
+
+
+class Parser(ArgumentParser):
+    """Raises UsageError where jsonargparse would end the process."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(message)
 
 
 def explain(message: str, parser: ArgumentParser, choices: Choices) -> str:

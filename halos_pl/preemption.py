@@ -70,7 +70,7 @@ class Preemption(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not trainer.fit_loop._should_accumulate():
-            follows = getattr(trainer.checkpoint_callback, "validation_follows", None)
+            follows = getattr(_keeper(trainer), "validation_follows", None)
             self._act(trainer, follows is not None and follows(trainer))
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -119,7 +119,7 @@ def save(trainer: L.Trainer) -> Path | None:
 
     A checkpoint callback that has a method `save(trainer)` does it; otherwise this is a file `step=N.ckpt`.
     """
-    keeper: Any = trainer.checkpoint_callback
+    keeper = _keeper(trainer)
     folder = Path(trainer.default_root_dir, "checkpoints")
     if keeper is None or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer's connectors
         return None
@@ -135,6 +135,11 @@ def save(trainer: L.Trainer) -> Path | None:
         os.replace(link, path.with_name("last.ckpt"))
     trainer.strategy.barrier("saved")
     return path
+
+
+def _keeper(trainer: L.Trainer) -> Any:
+    """The checkpoint callback that can be told to save, else the first one."""
+    return next((x for x in trainer.checkpoint_callbacks if hasattr(x, "save")), trainer.checkpoint_callback)
 
 
 @contextmanager

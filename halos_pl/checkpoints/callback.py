@@ -77,7 +77,7 @@ class Checkpoints(Checkpoint):
         self._metrics = checkpoint.get("callback_metrics", {})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the trainer's connectors
+        if _dry(trainer):
             return
         self._seen, self._saved, self._since = trainer.global_step, None, time.monotonic()
         metrics = {name: torch.tensor(x, device=pl_module.device) for name, x in self._metrics.items()}
@@ -97,7 +97,7 @@ class Checkpoints(Checkpoint):
         return None
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run or not self.monitor.startswith("val/"):  # type: ignore[attr-defined]
+        if _dry(trainer) or not self.monitor.startswith("val/"):
             return
         if _validates(trainer) and trainer.num_sanity_val_batches == trainer.num_val_batches:
             self._score(trainer)
@@ -109,7 +109,7 @@ class Checkpoints(Checkpoint):
         return float(score)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.fast_dev_run or trainer.global_step == self._seen:  # type: ignore[attr-defined]  # in the middle of an accumulation
+        if _dry(trainer) or trainer.global_step == self._seen:  # in the middle of an accumulation
             return
         self._seen = trainer.global_step
         if self._due(trainer) and not self.validation_follows(trainer):  # else after the validation
@@ -132,9 +132,7 @@ class Checkpoints(Checkpoint):
         return bool(agree(late and trainer.is_global_zero)[0])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.global_step:
-            return
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.global_step or _dry(trainer):
             return
         if trainer.fit_loop._should_accumulate():
             return
@@ -167,12 +165,9 @@ class Checkpoints(Checkpoint):
         assert self.folder is not None
         step = trainer.global_step
         path = self.folder / f"step={step}.ckpt"
-        if (
-            self._saved != step and _origin(trainer) != path.resolve()
-        ):  # what the run went on from is never written anew
+        if step != self._saved and path.resolve() != _origin(trainer):  # which is never written anew
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            full = not getattr(trainer.strategy, "_save_distributed_checkpoint", False)
-            save_checkpoint(checkpoint, path, full=full)
+            save_checkpoint(checkpoint, path, full=getattr(trainer.strategy, "full_checkpoints", True))
         self._saved, self._since = step, time.monotonic()
         error = None
         try:
@@ -262,6 +257,10 @@ def _validates(trainer: L.Trainer) -> bool:
     """Whether there are held-out rows."""
     counts = trainer.num_val_batches
     return trainer.enable_validation and (any(counts) if isinstance(counts, list) else bool(counts))
+
+
+def _dry(trainer: L.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by the trainer's connectors
 
 
 def _origin(trainer: L.Trainer) -> Path | None:

@@ -15,7 +15,10 @@ import torch
 
 
 def settled(path: Path) -> dict[str, int]:
-    """Make sure that a file is on the disk; its size and checksum."""
+    """Make sure that a file is on the disk, with the mode that new files have here; its size and checksum."""
+    mode = os.umask(0)
+    os.umask(mode)
+    path.chmod(0o666 & ~mode)  # safetensors makes its own for the owner alone
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "crc32": checksum(path)}

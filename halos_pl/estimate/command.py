@@ -10,7 +10,7 @@ import importlib
 import json
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -31,21 +31,12 @@ from halos_pl.models import ModelError, ModelSource
 from halos_pl.module import AlignmentModule
 from halos_pl.needs import reference_source
 from halos_pl.objective_choice import own_defaults
-from halos_pl.parser_errors import explain
+from halos_pl.parser_errors import Parser, UsageError, explain
 from halos_pl.quiet import quieten
 
 STATES = {"AdamW": 2, "Adam": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "SGD": 0, "Muon": 1}
 """Float32 numbers that an optimizer keeps of each parameter; SGD with momentum one. Others are taken for two."""
 _CLASSES = {"model.objective": {x.__name__: x for x in losses.OBJECTIVES}}
-
-
-class UsageError(Exception):
-    """A mistake on the command line or in a configuration, explained in one message."""
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(message)
 
 
 def main(argv: list[str]) -> int:
@@ -112,7 +103,7 @@ def parse(argv: list[str]) -> Any:
 
 
 def parser() -> ArgumentParser:
-    own = _Parser(
+    own = Parser(
         prog="python -m halos_pl estimate",
         description="Memory of a GPU, communication and time of a training step, by formulas: no weights are loaded. "
         "Takes the options of fit, and these. The exit status is 1 where the step does not fit, 2 for mistakes.",

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -28,7 +28,7 @@ from halos_pl.inspect.text import show
 from halos_pl.losses import Objective
 from halos_pl.models import ModelError
 from halos_pl.objective_choice import own_defaults
-from halos_pl.parser_errors import explain
+from halos_pl.parser_errors import Parser, UsageError, explain
 from halos_pl.quiet import quieten
 
 MODEL = ("objective", "policy", "config", "tokenizer", "trust_remote_code")
@@ -53,15 +53,6 @@ usage: python -m halos_pl data inspect --data.train FILE [--config FILE ...] [--
 `python -m halos_pl data inspect --help` lists every key. The exit status is 1 where rows cannot be used.
 """
 _CLASSES = {"model.objective": {x.__name__: x for x in losses.OBJECTIVES}}
-
-
-class UsageError(Exception):
-    """A mistake on the command line or in a configuration, explained in one message."""
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(message)
 
 
 def main(argv: list[str]) -> int:
@@ -146,7 +137,7 @@ def parse(argv: list[str]) -> tuple[Any, AlignmentData]:
 
 
 def parser() -> ArgumentParser:
-    own = _Parser(
+    own = Parser(
         prog="python -m halos_pl data inspect",
         description="What a training would see of these rows: counts, lengths, what is cut, what looks wrong, and "
         "examples. The exit status is 1 where rows cannot be used (--data.on_bad_row is skip here), 2 for mistakes.",

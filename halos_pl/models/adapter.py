@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from halos_pl.models.export import readable
+from halos_pl.models.export import appearing
 from halos_pl.models.load import ModelError
 from halos_pl.nano.shipped import locate
 
@@ -197,17 +196,6 @@ def export_adapter(
         path = Path(locate(base)).expanduser()
         config.base_model_name_or_path = str(path.resolve()) if path.is_dir() else base
     config.inference_mode = True
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with appearing(folder) as aside, torch.no_grad():
         config.save_pretrained(str(aside))
-        with torch.no_grad():
-            save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, aside / WEIGHTS, {"format": "pt"})
-        readable(aside)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
+        save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, aside / WEIGHTS, {"format": "pt"})

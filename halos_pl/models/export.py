@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -32,8 +34,6 @@ def export_policy(
             some other tokenizer.
         weights: by name, whole, where those of the model are sharded.
     """
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
     generation = lm.generation_config
     if adopt_ids:
         for owner in (lm.config, generation):
@@ -46,11 +46,21 @@ def export_policy(
             generation.eos_token_id = [tokenizer.eos_token_id, *ends]
         if generation.pad_token_id is None:
             generation.pad_token_id = tokenizer.pad_token_id
-    try:
+    with appearing(folder) as aside:
         lm.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        readable(aside)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Another folder to write to, which takes the place of this one at the end, and is gone if anything goes wrong."""
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        _readable(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -59,7 +69,7 @@ def export_policy(
     aside.rename(folder)
 
 
-def readable(folder: Path) -> None:
+def _readable(folder: Path) -> None:
     """Give its files the mode that new files have here; safetensors makes its own for the owner alone."""
     mode = os.umask(0)
     os.umask(mode)
